@@ -1,0 +1,32 @@
+//! The patch file's contract, shared by patch-builder and the engine: what
+//! docs/patch-format.md describes. patch-builder writes it (with `object`), and
+//! everybody reads it through [`PatchFile::parse`], patch-builder included.
+
+mod manifest;
+mod read;
+
+pub use manifest::{
+    BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, StateVersion, Static, Status,
+};
+pub use read::{PatchError, PatchFile, Reloc, RelocKind, RelocTarget, Segment, SegmentKind};
+
+/// The version of the format that this code writes, and the newest that it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Owner name of the note that marks a patch.
+pub const NOTE_NAME: &str = "livepatch";
+
+/// Type of that note: descriptor = format version (`u32`, little endian), then the target's build-id.
+pub const NOTE_TYPE_TARGET: u32 = 1;
+
+/// Section index of a symbol that lives in the target image: its value is an
+/// [`ImageAddr`](crate::addr::ImageAddr). In the range that the ELF
+/// specification leaves to processors; the kernel's livepatch modules use the
+/// same number for the same purpose.
+pub const SHN_TARGET_IMAGE: u16 = 0xff20;
+
+/// Section that holds the manifest.
+pub const MANIFEST_SECTION: &str = ".livepatch.manifest";
+
+/// Bytes of the entry jump, `jmp rel32`.
+pub const ENTRY_JUMP_LEN: u64 = 5;
