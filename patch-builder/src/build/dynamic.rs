@@ -1,0 +1,122 @@
+//! Dynamic relocations and the stubs of the procedure linkage table.
+
+use std::collections::{HashMap, HashSet};
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, OpKind};
+use object::read::elf::{Rela, SectionHeader, Sym};
+use object::{elf, LittleEndian as Le};
+
+use super::elf::{damaged, RawElf, Section};
+use super::BuildError;
+
+/// What the dynamic linker stores at a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DynKind<'d> {
+    /// The run-time address of this linked address.
+    Relative(u64),
+    /// The address of an import, plus an addend.
+    Import(&'d str, i64),
+    /// The address of a symbol that this image defines and exports, plus an addend.
+    Own(u64, i64),
+    /// The result of the resolver at this address.
+    Ifunc(u64),
+    /// A copy of a library's data.
+    Copy(&'d str),
+    /// The offset from the thread pointer of this offset in this image's own thread-local segment.
+    TpOff(u64),
+    /// Anything else.
+    Other(u32),
+}
+
+/// One dynamic relocation.
+#[derive(Clone, Copy, Debug)]
+pub struct DynRel<'d> {
+    /// What is stored.
+    pub kind: DynKind<'d>,
+}
+
+pub struct Dynamic<'d> {
+    pub relocs: HashMap<u64, DynRel<'d>>,
+    pub exported: HashSet<u64>,
+}
+
+pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d>, BuildError> {
+    let syms = raw.table.symbols(Le, raw.bytes, elf::SHT_DYNSYM).map_err(damaged)?;
+    let mut exported = HashSet::new();
+    let mut resolved = Vec::with_capacity(syms.len());
+    for sym in syms.symbols() {
+        let name = sym.name(Le, syms.strings()).map_err(damaged)?;
+        let name = std::str::from_utf8(name).map_err(|_| damaged("a dynamic symbol's name is not text"))?;
+        let defined = sym.st_shndx(Le) != elf::SHN_UNDEF;
+        let value = sym.st_value(Le);
+        if defined && sym.st_type() != elf::STT_TLS {
+            exported.insert(value);
+        }
+        resolved.push((name, defined, value));
+    }
+    let mut relocs = HashMap::new();
+    for sh in raw.table.iter() {
+        let kind = sh.sh_type(Le);
+        if sh.sh_flags(Le).0 & 2 == 0 {
+            continue;
+        }
+        if kind == elf::SHT_RELA {
+            let Some((entries, _)) = sh.rela(Le, raw.bytes).map_err(damaged)? else { continue };
+            for r in entries {
+                let sym = resolved.get(r.r_sym(Le, false) as usize).copied();
+                relocs.insert(r.r_offset(Le), DynRel { kind: kind_of(r.r_type(Le, false).0, sym, r.r_addend(Le)) });
+            }
+        } else if kind == elf::SHT_RELR {
+            let Some(iter) = sh.relr(Le, raw.bytes).map_err(damaged)? else { continue };
+            for at in iter {
+                let to = word_at(sections, at).ok_or_else(|| damaged("a RELR entry outside the sections"))?;
+                relocs.insert(at, DynRel { kind: DynKind::Relative(to) });
+            }
+        }
+    }
+    Ok(Dynamic { relocs, exported })
+}
+
+fn kind_of<'d>(kind: u32, sym: Option<(&'d str, bool, u64)>, addend: i64) -> DynKind<'d> {
+    match (kind, sym) {
+        (8, _) => DynKind::Relative(addend.cast_unsigned()),
+        (37, _) => DynKind::Ifunc(addend.cast_unsigned()),
+        (1 | 6 | 7, Some((_, true, value))) => DynKind::Own(value, addend),
+        (1 | 6 | 7, Some((name, false, _))) => DynKind::Import(name, addend),
+        (5, Some((name, ..))) => DynKind::Copy(name),
+        (18, Some(("", _, _))) | (18, None) => DynKind::TpOff(addend.cast_unsigned()),
+        (18, Some((_, true, value))) => DynKind::TpOff(value.wrapping_add(addend.cast_unsigned())),
+        (18, Some((name, false, _))) => DynKind::Import(name, addend),
+        (other, _) => DynKind::Other(other),
+    }
+}
+
+fn word_at(sections: &[Section<'_>], at: u64) -> Option<u64> {
+    let s = sections.iter().find(|s| s.addr <= at && at < s.addr + s.size)?;
+    let from = usize::try_from(at - s.addr).ok()?;
+    Some(u64::from_le_bytes(s.data.get(from..from + 8)?.try_into().ok()?))
+}
+
+/// Every stub: an indirect jump through a slot that the dynamic linker fills
+/// with an import, perhaps after `endbr64`.
+pub fn plt_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel<'d>>) -> HashMap<u64, &'d str> {
+    let mut out = HashMap::new();
+    for s in sections.iter().filter(|s| s.exec && s.name.starts_with(".plt")) {
+        let mut decoder = Decoder::with_ip(64, s.data, s.addr, DecoderOptions::NONE);
+        let mut previous = None;
+        while decoder.can_decode() {
+            let ins = decoder.decode();
+            let jump = ins.flow_control() == FlowControl::IndirectBranch && ins.op0_kind() == OpKind::Memory;
+            if jump && ins.is_ip_rel_memory_operand() {
+                if let Some(DynRel { kind: DynKind::Import(name, _) }) = relocs.get(&ins.ip_rel_memory_address()) {
+                    out.insert(ins.ip(), *name);
+                    if let Some((ip, iced_x86::Mnemonic::Endbr64)) = previous {
+                        out.insert(ip, *name);
+                    }
+                }
+            }
+            previous = Some((ins.ip(), ins.mnemonic()));
+        }
+    }
+    out
+}

@@ -1,0 +1,261 @@
+//! Reads one linked build: its sections, symbols, relocations, unwind tables
+//! and lines, as facts about addresses. Nothing here compares or decides.
+//!
+//! Everything borrows the file's bytes; nothing in a file is trusted to be in
+//! range.
+
+mod dynamic;
+mod elf;
+mod lines;
+mod names;
+mod symbols;
+mod unwind;
+
+use std::collections::{HashMap, HashSet};
+
+pub use dynamic::{DynKind, DynRel};
+pub use elf::{Reloc, Section};
+pub use lines::{Lines, Row};
+pub use names::{canonical, demangle, has_identity, split_suffix, Names};
+pub use symbols::{Func, FuncId, Name, ObjId, Object, RelSym, SymTarget};
+pub use unwind::{Fde, Personality, Unwind};
+
+/// Why a file is no build that can be diffed.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The file can't be read.
+    Io(std::io::Error),
+    /// Not an x86-64 ELF executable or shared object, or damaged.
+    NotElf(String),
+    /// A refusal: the file is fine but says too little.
+    Incomplete {
+        /// The refusal's rule.
+        rule: &'static str,
+        /// What is missing.
+        what: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+}
+
+impl std::fmt::Display for BuildError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Io(e) => write!(f, "{e}"),
+            Self::NotElf(why) => f.write_str(why),
+            Self::Incomplete { what, remedy, .. } => write!(f, "{what}; {remedy}"),
+        }
+    }
+}
+
+impl std::error::Error for BuildError {}
+
+/// The thread-local segment.
+#[derive(Clone, Copy, Debug)]
+pub struct TlsSegment {
+    /// Where its initial image is linked.
+    pub addr: u64,
+    /// Its length, rounded up to its alignment: the distance of its start below the thread pointer.
+    pub aligned_len: u64,
+}
+
+/// One linked build.
+pub struct Build<'d> {
+    /// As given on the command line.
+    pub path: String,
+    /// The GNU build-id.
+    pub build_id: Vec<u8>,
+    /// Whether it is position-independent.
+    pub pie: bool,
+    /// Entry point.
+    pub entry: u64,
+    /// Whether any of it was compiled by rustc.
+    pub rust: bool,
+    /// Allocated sections, by address; thread-local NOBITS left out.
+    pub sections: Vec<Section<'d>>,
+    /// Every section, with its bytes, for DWARF.
+    pub all_sections: Vec<Section<'d>>,
+    /// Functions, by address.
+    pub funcs: Vec<Func<'d>>,
+    /// Data symbols, by address; the ones without size after those with.
+    pub objects: Vec<Object<'d>>,
+    /// Thread-local variables; the address is the offset in the thread-local segment.
+    pub tls: Vec<Object<'d>>,
+    /// The thread-local segment.
+    pub tls_segment: Option<TlsSegment>,
+    /// Relocations that the linker kept, by address.
+    pub relocs: Vec<Reloc>,
+    /// What each index of the symbol table stands for.
+    pub rel_syms: Vec<RelSym<'d>>,
+    /// Dynamic relocations by the address they change.
+    pub dynamic: HashMap<u64, DynRel<'d>>,
+    /// Stubs of the procedure linkage table: address to import.
+    pub plt: HashMap<u64, &'d str>,
+    /// Addresses that the dynamic symbol table exports.
+    pub exported: HashSet<u64>,
+    /// Addresses at which unnamed data certainly begins or ends, ascending.
+    pub hard_bounds: Vec<u64>,
+    /// Unwind tables.
+    pub unwind: Unwind<'d>,
+    /// Interned readable names.
+    pub names: Names,
+}
+
+impl<'d> Build<'d> {
+    /// Reads a build from the bytes of its file.
+    ///
+    /// # Errors
+    ///
+    /// Not an x86-64 ELF image, damaged, or without build-id, symbols or kept relocations.
+    pub fn parse(path: &str, bytes: &'d [u8]) -> Result<Self, BuildError> {
+        let raw = elf::RawElf::parse(bytes)?;
+        let sections: Vec<Section<'d>> = raw.alloc_sections();
+        let symbols = symbols::read(&raw, &sections)?;
+        let dynamic = dynamic::read(&raw, &sections)?;
+        let relocs = elf::kept_relocs(&raw)?;
+        let plt = dynamic::plt_stubs(&sections, &dynamic.relocs);
+        let unwind = unwind::read(&sections)?;
+        let mut build = Self {
+            path: path.to_owned(),
+            build_id: raw.build_id.clone(),
+            pie: raw.pie,
+            entry: raw.entry,
+            rust: raw.rust,
+            tls_segment: raw.tls,
+            all_sections: raw.sections,
+            sections,
+            funcs: symbols.funcs,
+            objects: symbols.objects,
+            tls: symbols.tls,
+            rel_syms: symbols.rel_syms,
+            relocs,
+            dynamic: dynamic.relocs,
+            exported: dynamic.exported,
+            plt,
+            hard_bounds: symbols.bounds,
+            unwind,
+            names: Names::default(),
+        };
+        build.add_pointer_bounds();
+        Ok(build)
+    }
+
+    /// Data that some pointer in data refers to begins there.
+    fn add_pointer_bounds(&mut self) {
+        let mut bounds = std::mem::take(&mut self.hard_bounds);
+        bounds.extend(self.dynamic.values().filter_map(|r| match r.kind {
+            DynKind::Relative(to) => Some(to),
+            _ => None,
+        }));
+        for section in &self.sections {
+            bounds.push(section.addr);
+            bounds.push(section.addr + section.size);
+        }
+        bounds.sort_unstable();
+        bounds.dedup();
+        self.hard_bounds = bounds;
+    }
+
+    /// The section that holds `addr`.
+    #[must_use]
+    pub fn section_at(&self, addr: u64) -> Option<&Section<'d>> {
+        let index = self.sections.partition_point(|s| s.addr <= addr);
+        let section = self.sections.get(index.checked_sub(1)?)?;
+        (addr < section.addr + section.size).then_some(section)
+    }
+
+    /// The `len` bytes at `addr`, if the file has them; zeros for `.bss` are [`Self::is_zero_fill`].
+    #[must_use]
+    pub fn bytes(&self, addr: u64, len: u64) -> Option<&'d [u8]> {
+        let section = self.section_at(addr)?;
+        let from = usize::try_from(addr - section.addr).ok()?;
+        section.data.get(from..from.checked_add(usize::try_from(len).ok()?)?)
+    }
+
+    /// Whether `addr` lies in memory that starts as zeros.
+    #[must_use]
+    pub fn is_zero_fill(&self, addr: u64) -> bool {
+        self.section_at(addr).is_some_and(|s| s.zero_fill)
+    }
+
+    /// The function that holds `addr`.
+    #[must_use]
+    pub fn func_at(&self, addr: u64) -> Option<FuncId> {
+        let index = self.funcs.partition_point(|f| f.addr <= addr).checked_sub(1)?;
+        let f = &self.funcs[index];
+        (addr < f.addr + f.size || addr == f.addr).then_some(index as FuncId)
+    }
+
+    /// The sized data symbol that holds `addr`, else the one without size at exactly `addr`.
+    #[must_use]
+    pub fn object_at(&self, addr: u64) -> Option<ObjId> {
+        let end = self.objects.partition_point(|o| o.addr <= addr);
+        let mut exact = None;
+        // Objects may nest or touch; a handful back is enough to find the holder.
+        for index in (end.saturating_sub(8)..end).rev() {
+            let o = &self.objects[index];
+            if o.size > 0 && addr < o.addr + o.size {
+                return Some(index as ObjId);
+            }
+            if o.size == 0 && o.addr == addr {
+                exact = Some(index as ObjId);
+            }
+        }
+        exact
+    }
+
+    /// Kept relocations whose place lies in `addr..addr + len`.
+    #[must_use]
+    pub fn relocs_in(&self, addr: u64, len: u64) -> &[Reloc] {
+        let from = self.relocs.partition_point(|r| r.at < addr);
+        let to = self.relocs.partition_point(|r| r.at < addr.saturating_add(len));
+        &self.relocs[from..to.max(from)]
+    }
+
+    /// What the symbol of a relocation stands for.
+    #[must_use]
+    pub fn rel_sym(&self, reloc: &Reloc) -> &RelSym<'d> {
+        const NONE: RelSym<'static> = RelSym { value: 0, target: SymTarget::Place, name: "" };
+        self.rel_syms.get(reloc.sym as usize).unwrap_or(&NONE)
+    }
+
+    /// The next hard bound after `addr`.
+    #[must_use]
+    pub fn next_bound(&self, addr: u64) -> u64 {
+        let index = self.hard_bounds.partition_point(|b| *b <= addr);
+        self.hard_bounds.get(index).copied().unwrap_or(addr)
+    }
+
+    /// The bytes of a section by name, whether allocated or not.
+    #[must_use]
+    pub fn section_named(&self, name: &str) -> Option<&Section<'d>> {
+        self.all_sections.iter().find(|s| s.name == name)
+    }
+
+    /// A function by its id.
+    #[must_use]
+    pub fn func(&self, id: FuncId) -> &Func<'d> {
+        &self.funcs[id as usize]
+    }
+
+    /// A data symbol by its id.
+    #[must_use]
+    pub fn object(&self, id: ObjId) -> &Object<'d> {
+        &self.objects[id as usize]
+    }
+
+    /// The bytes of a function.
+    #[must_use]
+    pub fn code(&self, id: FuncId) -> &'d [u8] {
+        let f = self.func(id);
+        self.bytes(f.addr, f.size).unwrap_or(&[])
+    }
+
+    /// Where the language-specific data area at `lsda` ends at the latest: where the next begins.
+    #[must_use]
+    pub fn lsda_end(&self, lsda: u64) -> u64 {
+        let end = self.section_at(lsda).map_or(lsda, |s| s.addr + s.size);
+        self.unwind.next_lsda(lsda).unwrap_or(end).min(end)
+    }
+}

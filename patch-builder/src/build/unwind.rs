@@ -1,0 +1,187 @@
+//! `.eh_frame`, decoded by hand: linkers drop or misplace its relocations.
+
+use std::collections::HashMap;
+
+use gimli::{BaseAddresses, CieOrFde, EhFrame, Pointer, UnwindSection};
+
+use super::elf::{damaged, Section};
+use super::BuildError;
+
+/// How a function's frames are unwound.
+#[derive(Clone, Debug)]
+pub struct Fde<'d> {
+    /// First address.
+    pub start: u64,
+    /// Length.
+    pub len: u64,
+    /// Call-frame instructions of its CIE.
+    pub initial: &'d [u8],
+    /// Its own call-frame instructions.
+    pub instructions: &'d [u8],
+    /// Code alignment factor.
+    pub code_align: u64,
+    /// Data alignment factor.
+    pub data_align: i64,
+    /// Return address register.
+    pub return_register: u16,
+    /// A signal frame.
+    pub signal: bool,
+    /// Its personality routine.
+    pub personality: Option<Personality>,
+    /// Its language-specific data area.
+    pub lsda: Option<u64>,
+}
+
+/// Where a personality routine is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Personality {
+    /// At this address.
+    Direct(u64),
+    /// In the slot at this address.
+    Indirect(u64),
+}
+
+/// The unwind tables of a build.
+#[derive(Default)]
+pub struct Unwind<'d> {
+    fdes: HashMap<u64, Fde<'d>>,
+    lsdas: Vec<u64>,
+}
+
+impl<'d> Unwind<'d> {
+    /// The entry of the function that starts at `addr`.
+    #[must_use]
+    pub fn fde_at(&self, addr: u64) -> Option<&Fde<'d>> {
+        self.fdes.get(&addr)
+    }
+
+    /// The language-specific data area after the one at `addr`.
+    #[must_use]
+    pub fn next_lsda(&self, addr: u64) -> Option<u64> {
+        self.lsdas.get(self.lsdas.partition_point(|l| *l <= addr)).copied()
+    }
+
+    /// Whether any function names a personality: something in the program may unwind.
+    #[must_use]
+    pub fn has_personality(&self) -> bool {
+        self.fdes.values().any(|f| f.personality.is_some())
+    }
+
+    /// Every personality in use.
+    pub fn personalities(&self) -> impl Iterator<Item = Personality> + '_ {
+        self.fdes.values().filter_map(|f| f.personality)
+    }
+}
+
+pub fn read<'d>(sections: &[Section<'d>]) -> Result<Unwind<'d>, BuildError> {
+    let Some(s) = sections.iter().find(|s| s.name == ".eh_frame") else { return Ok(Unwind::default()) };
+    let mut eh = EhFrame::new(s.data, gimli::LittleEndian);
+    eh.set_address_size(8);
+    let bases = BaseAddresses::default().set_eh_frame(s.addr);
+    let mut fdes = HashMap::new();
+    let mut entries = eh.entries(&bases);
+    let bad = |e: gimli::Error| damaged(format!(".eh_frame: {e}"));
+    while let Some(entry) = entries.next().map_err(bad)? {
+        let CieOrFde::Fde(partial) = entry else { continue };
+        let fde = partial.parse(EhFrame::cie_from_offset).map_err(bad)?;
+        let cie = fde.cie();
+        let direct = |p: Pointer| match p {
+            Pointer::Direct(a) => Personality::Direct(a),
+            Pointer::Indirect(a) => Personality::Indirect(a),
+        };
+        let lsda = match fde.lsda() {
+            Some(Pointer::Direct(a)) if a != 0 => Some(a),
+            Some(Pointer::Indirect(_)) => return Err(damaged(".eh_frame: an indirect language-specific data area")),
+            _ => None,
+        };
+        let entry = Fde {
+            start: fde.initial_address(),
+            len: fde.len(),
+            initial: cie_instructions(s.data, cie.offset()).ok_or_else(|| damaged(".eh_frame: a CIE"))?,
+            instructions: fde_instructions(s.data, fde.offset(), cie.fde_address_encoding(), cie.augmentation().is_some())
+                .ok_or_else(|| damaged(".eh_frame: an FDE"))?,
+            code_align: cie.code_alignment_factor(),
+            data_align: cie.data_alignment_factor(),
+            return_register: cie.return_address_register().0,
+            signal: cie.is_signal_trampoline(),
+            personality: cie.personality().map(direct),
+            lsda,
+        };
+        fdes.insert(entry.start, entry);
+    }
+    let mut lsdas: Vec<u64> = fdes.values().filter_map(|f| f.lsda).collect();
+    lsdas.sort_unstable();
+    Ok(Unwind { fdes, lsdas })
+}
+
+/// A cursor over a table's bytes; every step is checked.
+struct Cursor<'d> {
+    data: &'d [u8],
+}
+
+impl<'d> Cursor<'d> {
+    fn skip(&mut self, len: usize) -> Option<&'d [u8]> {
+        let (head, rest) = self.data.split_at_checked(len)?;
+        self.data = rest;
+        Some(head)
+    }
+
+    fn leb(&mut self) -> Option<u64> {
+        let mut value = 0u64;
+        for shift in (0..63).step_by(7) {
+            let byte = self.skip(1)?[0];
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    /// The body of the entry at `offset`, after its length and its id.
+    fn entry(data: &'d [u8], offset: usize) -> Option<Self> {
+        let mut cursor = Self { data: data.get(offset..)? };
+        let len = u32::from_le_bytes(cursor.skip(4)?.try_into().ok()?);
+        if len == u32::MAX {
+            return None; // 64-bit DWARF in .eh_frame: nobody writes it
+        }
+        let mut body = Self { data: cursor.skip(len as usize)? };
+        body.skip(4)?;
+        Some(body)
+    }
+}
+
+fn cie_instructions(data: &[u8], offset: usize) -> Option<&[u8]> {
+    let mut c = Cursor::entry(data, offset)?;
+    let version = c.skip(1)?[0];
+    let len = c.data.iter().position(|b| *b == 0)?;
+    let augmentation = c.skip(len + 1)?;
+    c.leb()?;
+    c.leb()?;
+    if version == 1 {
+        c.skip(1)?;
+    } else {
+        c.leb()?;
+    }
+    if augmentation.first() == Some(&b'z') {
+        let len = c.leb()?;
+        c.skip(usize::try_from(len).ok()?)?;
+    }
+    Some(c.data)
+}
+
+fn fde_instructions(data: &[u8], offset: usize, encoding: Option<gimli::DwEhPe>, augmented: bool) -> Option<&[u8]> {
+    let mut c = Cursor::entry(data, offset)?;
+    let width = match encoding.map_or(0, |e| e.0 & 7) {
+        0 | 4 => 8,
+        2 => 2,
+        3 => 4,
+        _ => return None,
+    };
+    c.skip(2 * width)?;
+    if augmented {
+        let len = c.leb()?;
+        c.skip(usize::try_from(len).ok()?)?;
+    }
+    Some(c.data)
+}

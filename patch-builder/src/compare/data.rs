@@ -1,0 +1,185 @@
+//! Data by content: bytes, pointers, and tables of relative offsets.
+
+use super::{Comparer, Key};
+use crate::build::DynKind;
+use crate::lift::{resolve, Access, Target};
+use crate::side::Side;
+
+const R_64: u32 = 1;
+const R_PC32: u32 = 2;
+const R_32: u32 = 10;
+const R_32S: u32 = 11;
+
+/// What stands at a place in data, besides bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Place<'d> {
+    /// Nothing but bytes.
+    Bytes,
+    /// An 8-byte address.
+    Pointer(Target<'d>),
+    /// The address of an import, plus an addend.
+    Import(&'d str, i64),
+    /// A 4-byte distance from the start of the table to this target.
+    Relative(Target<'d>),
+    /// A 4-byte absolute address.
+    Short(Target<'d>),
+    /// Something that is not understood.
+    Strange,
+}
+
+/// What stands at `at`, in a piece of data that begins at `base`.
+#[must_use]
+pub fn place<'d>(side: &Side<'d>, at: u64, base: u64) -> Place<'d> {
+    let build = &side.build;
+    let reloc = build.relocs_in(at, 1).iter().find(|r| r.kind != 0);
+    let word = |len: u64| {
+        build.bytes(at, len).map(|b| b.iter().rev().fold(0u64, |v, byte| v << 8 | u64::from(*byte)))
+    };
+    if let Some(dynamic) = build.dynamic.get(&at) {
+        return match dynamic.kind {
+            DynKind::Relative(to) => Place::Pointer(resolve(build, to, reloc)),
+            DynKind::Own(value, addend) => Place::Pointer(resolve(build, value.wrapping_add_signed(addend), reloc)),
+            DynKind::Ifunc(to) => Place::Pointer(resolve(build, to, None)),
+            DynKind::Import(name, addend) => Place::Import(name, addend),
+            DynKind::Copy(_) => Place::Bytes,
+            DynKind::TpOff(_) | DynKind::Other(_) => Place::Strange,
+        };
+    }
+    let Some(reloc) = reloc else { return Place::Bytes };
+    match (reloc.kind, word(4), word(8)) {
+        (R_64, _, Some(value)) => Place::Pointer(resolve(build, value, Some(reloc))),
+        (R_32 | R_32S, Some(value), _) => Place::Short(resolve(build, value, Some(reloc))),
+        (R_PC32, Some(value), _) => {
+            let to = base.wrapping_add_signed(i64::from(value as u32 as i32));
+            Place::Relative(resolve(build, to, None))
+        }
+        _ => Place::Strange,
+    }
+}
+
+impl<'d> Comparer<'_, 'd> {
+    /// Whether `len` bytes at `a` and `b` mean the same; without `len`, up to where each of them ends.
+    pub(super) fn data(&mut self, a: u64, b: u64, len: Option<u64>) -> bool {
+        self.remembered(Key::Data(a, b, len.unwrap_or(u64::MAX)), |this| this.data_now(a, b, len))
+    }
+
+    fn data_now(&mut self, a: u64, b: u64, len: Option<u64>) -> bool {
+        let (old, new) = (self.old, self.new);
+        let (len_a, len_b) = match len {
+            Some(len) => (len, len),
+            None => (old.extent_end(a).saturating_sub(a), new.extent_end(b).saturating_sub(b)),
+        };
+        let common = len_a.min(len_b);
+        if !(is_padding(old, a, common, len_a) && is_padding(new, b, common, len_b)) {
+            return false;
+        }
+        let (zero_a, zero_b) = (old.build.is_zero_fill(a), new.build.is_zero_fill(b));
+        let zeros = vec![0; if zero_a || zero_b { common as usize } else { 0 }];
+        let bytes_of = |side: &Side<'d>, at, zero: bool| if zero { Some(None) } else { side.build.bytes(at, common).map(Some) };
+        let (Some(x), Some(y)) = (bytes_of(old, a, zero_a), bytes_of(new, b, zero_b)) else { return false };
+        let (x, y) = (x.unwrap_or(&zeros), y.unwrap_or(&zeros));
+        let mut offset = 0u64;
+        while offset < common {
+            let (p, q) = (place(old, a + offset, a), place(new, b + offset, b));
+            let i = offset as usize;
+            let step = match (p, q) {
+                (Place::Bytes, Place::Bytes) => {
+                    if x[i] != y[i] {
+                        return self.location_drift(a, b, offset, x, y);
+                    }
+                    1
+                }
+                (Place::Pointer(s), Place::Pointer(t)) => {
+                    if !self.targets(s, t, Access::Extent) {
+                        return false;
+                    }
+                    8
+                }
+                (Place::Relative(s), Place::Relative(t)) | (Place::Short(s), Place::Short(t)) => {
+                    if !self.targets(s, t, Access::Extent) {
+                        return false;
+                    }
+                    4
+                }
+                (Place::Import(m, s), Place::Import(n, t)) if m == n && s == t => 8,
+                _ => return false,
+            };
+            offset += step;
+        }
+        true
+    }
+
+    /// Two slots of the global offset table, by what the dynamic linker puts there.
+    pub(super) fn slots(&mut self, s: u64, t: u64) -> bool {
+        match (slot(self.old, s), slot(self.new, t)) {
+            (Place::Import(m, x), Place::Import(n, y)) => m == n && x == y,
+            (Place::Pointer(x), Place::Pointer(y)) => self.targets(x, y, Access::Extent),
+            _ => false,
+        }
+    }
+}
+
+/// What a slot of the global offset table holds at run time.
+#[must_use]
+pub fn slot<'d>(side: &Side<'d>, at: u64) -> Place<'d> {
+    let build = &side.build;
+    match build.dynamic.get(&at).map(|d| d.kind) {
+        Some(DynKind::TpOff(offset)) => {
+            let hit = |o: &crate::build::Object<'_>| o.addr <= offset && offset < o.addr + o.size.max(1);
+            match build.tls.iter().position(hit) {
+                Some(id) => Place::Pointer(Target::Tls(id as u32, (offset - build.tls[id].addr).cast_signed())),
+                None => Place::Strange,
+            }
+        }
+        Some(_) => place(side, at, at),
+        None => match build.bytes(at, 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes) {
+            Some(0) => Place::Pointer(Target::Unknown(0)),
+            Some(value) if !build.pie => Place::Pointer(resolve(build, value, None)),
+            _ => Place::Strange,
+        },
+    }
+}
+
+/// Whether everything from `from` to `to` behind `at` is padding: zeros without meaning.
+fn is_padding(side: &Side<'_>, at: u64, from: u64, to: u64) -> bool {
+    if from == to || side.build.is_zero_fill(at) {
+        return true;
+    }
+    // More than an alignment's worth is content.
+    to - from < 64
+        && side.build.bytes(at + from, to - from).is_some_and(|b| b.iter().all(|b| *b == 0))
+        && (from..to).all(|i| place(side, at + i, at) == Place::Bytes)
+}
+
+impl<'d> Comparer<'_, 'd> {
+    /// Whether two functions handle exceptions in the same way.
+    pub(super) fn exception_tables(&mut self, f: crate::build::FuncId, g: crate::build::FuncId) -> bool {
+        let lsda = |side: &Side<'d>, id| side.build.unwind.fde_at(side.build.func(id).addr).and_then(|e| e.lsda);
+        let (a, b) = match (lsda(self.old, f), lsda(self.new, g)) {
+            (None, None) => return true,
+            (Some(a), Some(b)) => (a, b),
+            _ => return false,
+        };
+        let (end_a, end_b) = (self.old.build.lsda_end(a), self.new.build.lsda_end(b));
+        let len = (end_a - a).min(end_b - b);
+        let (Some(x), Some(y)) = (self.old.build.bytes(a, len), self.new.build.bytes(b, len)) else { return false };
+        // What is longer may only be padding before the next table.
+        if !is_padding(self.old, a, len, end_a - a) || !is_padding(self.new, b, len, end_b - b) {
+            return false;
+        }
+        let mut i = 0u64;
+        while i < len {
+            match (place(self.old, a + i, a + i), place(self.new, b + i, b + i)) {
+                (Place::Bytes, Place::Bytes) if x[i as usize] == y[i as usize] => i += 1,
+                (Place::Relative(s), Place::Relative(t)) | (Place::Short(s), Place::Short(t))
+                    if self.targets(s, t, Access::Extent) =>
+                {
+                    i += 4;
+                }
+                (Place::Pointer(s), Place::Pointer(t)) if self.targets(s, t, Access::Extent) => i += 8,
+                _ => return false,
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,257 @@
+//! Are two functions, or two pieces of data, the same? When unsure, they are not.
+//!
+//! Equality of what has no name is by content, followed recursively; a cycle
+//! counts as equal unless something on it differs.
+
+mod data;
+mod drift;
+
+use std::collections::HashMap;
+
+use crate::build::{FuncId, Lines};
+use crate::lift::{Access, Ref, Target};
+use crate::pair::Pairing;
+use crate::side::Side;
+
+/// A difference that is recognised as noise.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Noise {
+    /// `location` or `line-immediate`.
+    pub rule: &'static str,
+    /// What was seen.
+    pub detail: String,
+}
+
+/// What is known of lines while comparing.
+#[derive(Clone, Copy)]
+pub enum LineProof<'a> {
+    /// Nothing: a different line is a different program.
+    None,
+    /// Accept what could be a line: to find the functions for which line tables are worth reading.
+    Assume,
+    /// The line tables of both builds.
+    Tables(&'a Lines, &'a Lines),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    Func(FuncId, FuncId),
+    Data(u64, u64, u64),
+}
+
+/// Recursion deeper than this is not followed: different.
+const MAX_DEPTH: u32 = 48;
+
+/// Compares across two builds under one pairing; one per thread, for its memory of answers.
+pub struct Comparer<'a, 'd> {
+    old: &'a Side<'d>,
+    new: &'a Side<'d>,
+    pairing: &'a Pairing,
+    proof: LineProof<'a>,
+    memo: HashMap<Key, bool>,
+    /// Keys answered `true` while something is still open, oldest first.
+    trail: Vec<Key>,
+    depth: u32,
+    /// The function pair that is being compared, for line proofs.
+    context: Option<(FuncId, FuncId)>,
+    noise: Vec<Noise>,
+    why: Option<String>,
+}
+
+impl<'a, 'd> Comparer<'a, 'd> {
+    /// A comparer that has seen nothing yet.
+    #[must_use]
+    pub fn new(old: &'a Side<'d>, new: &'a Side<'d>, pairing: &'a Pairing, proof: LineProof<'a>) -> Self {
+        let (memo, trail, noise) = (HashMap::new(), Vec::new(), Vec::new());
+        Self { old, new, pairing, proof, memo, trail, depth: 0, context: None, noise, why: None }
+    }
+
+    /// Compares a pair of functions: `Ok` with the noise that was ignored, or the first difference.
+    ///
+    /// # Errors
+    ///
+    /// The first difference, in words.
+    pub fn functions(&mut self, f: FuncId, g: FuncId) -> Result<Vec<Noise>, String> {
+        self.noise.clear();
+        self.why = None;
+        // Noise is reported for each function: look again even if some other function's answer is known.
+        self.memo.remove(&Key::Func(f, g));
+        if self.func_bodies(f, g) {
+            self.noise.sort();
+            self.noise.dedup();
+            Ok(std::mem::take(&mut self.noise))
+        } else {
+            Err(self.why.take().unwrap_or_else(|| "its code".into()))
+        }
+    }
+
+    /// Compares named data over its whole length.
+    pub fn objects(&mut self, a: u64, b: u64, len: u64) -> bool {
+        self.data(a, b, Some(len))
+    }
+
+    /// Whether two references mean the same.
+    pub fn targets(&mut self, a: Target<'d>, b: Target<'d>, access: Access) -> bool {
+        match (a, b) {
+            (Target::Func(f, 0), Target::Func(g, 0)) => self.func_refs(f, g),
+            (Target::Func(f, x), Target::Func(g, y)) => {
+                x == y && (self.context == Some((f, g)) || self.func_refs(f, g) && self.func_bodies(f, g))
+            }
+            (Target::Plt(x), Target::Plt(y)) => x == y,
+            (Target::Slot(s), Target::Slot(t)) => self.slots(s, t),
+            (Target::Tls(s, x), Target::Tls(t, y)) => x == y && self.pairing.tls_pair(s) == Some(t),
+            (Target::Object(o, x), Target::Object(p, y)) => x == y && self.object_refs(o, p, x, access),
+            (Target::Unknown(x), Target::Unknown(y)) => x == 0 && y == 0,
+            (Target::Data(_) | Target::Object(..), Target::Data(_) | Target::Object(..)) => {
+                let (a, b) = (self.address(true, a), self.address(false, b));
+                self.anonymous(a, b, access)
+            }
+            _ => false,
+        }
+    }
+
+    fn address(&self, old: bool, target: Target<'d>) -> u64 {
+        let side = if old { self.old } else { self.new };
+        match target {
+            Target::Data(at) => at,
+            Target::Object(id, offset) => side.build.object(id).addr.wrapping_add_signed(offset),
+            _ => 0,
+        }
+    }
+
+    fn anonymous(&mut self, a: u64, b: u64, access: Access) -> bool {
+        if self.old.is_mutable(a) || self.new.is_mutable(b) {
+            return false;
+        }
+        match access {
+            Access::Exact(len) => self.data(a, b, Some(u64::from(len))),
+            _ => self.data(a, b, None),
+        }
+    }
+
+    fn object_refs(&mut self, o: u32, p: u32, offset: i64, access: Access) -> bool {
+        let (x, y) = (self.old.build.object(o), self.new.build.object(p));
+        let (a, b, len, other) = (x.addr, y.addr, x.size, y.size);
+        let paired = self.pairing.object_pair(o) == Some(p);
+        let constant = len > 0 && !self.old.is_mutable(a) && !self.new.is_mutable(b);
+        if !constant {
+            return paired;
+        }
+        if len == other && (paired || offset >= 0) {
+            return self.data(a, b, Some(len));
+        }
+        let (a, b) = (a.wrapping_add_signed(offset), b.wrapping_add_signed(offset));
+        matches!(access, Access::Exact(_)) && self.anonymous(a, b, access) && !paired
+    }
+
+    /// Whether a reference to `f` in the old build means what one to `g` means in the new one.
+    fn func_refs(&mut self, f: FuncId, g: FuncId) -> bool {
+        if self.pairing.is_pair(f, g) {
+            return true;
+        }
+        // Another name for the same body, provided that the old function keeps its meaning.
+        match self.pairing.func_pair(f) {
+            Some(own) => self.func_bodies(f, own) && self.func_bodies(f, g),
+            None => self.func_bodies(f, g),
+        }
+    }
+
+    /// Whether two functions have the same body.
+    pub fn func_bodies(&mut self, f: FuncId, g: FuncId) -> bool {
+        self.remembered(Key::Func(f, g), |this| {
+            let context = this.context.replace((f, g));
+            let equal = this.func_bodies_now(f, g);
+            this.context = context;
+            equal
+        })
+    }
+
+    fn func_bodies_now(&mut self, f: FuncId, g: FuncId) -> bool {
+        let (old, new) = (self.old, self.new);
+        let (x, y) = (&old.lifted[f as usize], &new.lifted[g as usize]);
+        if x.masked.len() != y.masked.len() || x.refs.len() != y.refs.len() {
+            return self.differ(|| "its code".into());
+        }
+        if x.unexplained.is_some() || y.unexplained.is_some() {
+            // Nothing is known of its references: only identical bytes at identical addresses would do.
+            let same = old.build.code(f) == new.build.code(g) && x.unexplained == y.unexplained;
+            if !same {
+                return self.differ(|| "its code, which is not understood".into());
+            }
+        }
+        let shape = |r: &Ref<'_>| (r.at, r.end, r.field, r.access);
+        if x.refs.iter().zip(&y.refs).any(|(r, s)| shape(r) != shape(s)) {
+            return self.differ(|| "its code".into());
+        }
+        if x.masked != y.masked && !self.line_drift(f, g) {
+            return self.differ(|| "its code".into());
+        }
+        for (r, s) in x.refs.iter().zip(&y.refs) {
+            if !self.targets(r.target, s.target, r.access) {
+                let (a, b) = (describe(old, r.target), describe(new, s.target));
+                return self.differ(|| {
+                    if a == b { format!("the constant or data that it uses: {a}") } else { format!("it refers to {b}, no longer to {a}") }
+                });
+            }
+        }
+        if !self.exception_tables(f, g) {
+            return self.differ(|| "its exception table".into());
+        }
+        true
+    }
+
+    fn differ(&mut self, why: impl FnOnce() -> String) -> bool {
+        if self.depth == 1 {
+            self.why.get_or_insert_with(why);
+        }
+        false
+    }
+
+    /// Answers from memory, or asks. While an answer is being worked out, the same question is answered
+    /// with yes; if the answer turns out to be no, every yes that may have rested on it is forgotten.
+    fn remembered(&mut self, key: Key, ask: impl FnOnce(&mut Self) -> bool) -> bool {
+        if let Some(known) = self.memo.get(&key) {
+            return *known;
+        }
+        if self.depth >= MAX_DEPTH {
+            return false;
+        }
+        self.memo.insert(key, true);
+        let mark = self.trail.len();
+        self.trail.push(key);
+        self.depth += 1;
+        let equal = ask(self);
+        self.depth -= 1;
+        if equal {
+            if self.depth == 0 {
+                self.trail.clear();
+            }
+        } else {
+            for k in self.trail.drain(mark..) {
+                self.memo.remove(&k);
+            }
+            self.memo.insert(key, false);
+        }
+        equal
+    }
+}
+
+/// A target in words.
+#[must_use]
+pub fn describe(side: &Side<'_>, target: Target<'_>) -> String {
+    match target {
+        Target::Func(id, 0) => crate::build::demangle(side.build.func(id).name()),
+        Target::Func(id, off) => format!("{}+{off:#x}", crate::build::demangle(side.build.func(id).name())),
+        Target::Object(id, 0) => crate::build::demangle(side.build.object(id).name()),
+        Target::Object(id, off) => format!("{}{off:+#x}", crate::build::demangle(side.build.object(id).name())),
+        Target::Plt(name) => name.to_owned(),
+        Target::Tls(id, _) => crate::build::demangle(side.build.tls[id as usize].name()),
+        Target::Slot(at) => match side.build.dynamic.get(&at).map(|d| d.kind) {
+            Some(crate::build::DynKind::Import(name, _)) => name.to_owned(),
+            Some(crate::build::DynKind::Relative(to)) => describe(side, crate::lift::resolve(&side.build, to, None)),
+            _ => "a slot of the global offset table".into(),
+        },
+        Target::Data(_) => "unnamed data".into(),
+        Target::Unknown(at) => format!("the address {at:#x}"),
+    }
+}

@@ -1,0 +1,179 @@
+//! What may not change in a running program, as far as it can be told without
+//! types: initial values and sizes of data, thread-locals, constructors, and
+//! functions that were folded into one.
+
+use crate::build::{demangle, DynKind, ObjId, Object};
+use crate::compare::{Comparer, LineProof};
+use crate::diff::Diff;
+use crate::lift::{resolve, Target};
+use crate::pair::Pairing;
+use crate::report::Refusal;
+use crate::side::Side;
+
+/// Every reason to refuse that lies in data, constructors and folding.
+#[must_use]
+pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> Vec<Refusal> {
+    let mut guard = Guard {
+        old,
+        new,
+        pairing,
+        comparer: Comparer::new(old, new, pairing, LineProof::Tables(&diff.lines.0, &diff.lines.1)),
+        out: Vec::new(),
+    };
+    guard.named_data();
+    guard.unnamed_data();
+    guard.thread_locals();
+    guard.constructors(diff);
+    guard.folded();
+    guard.out
+}
+
+const RESTART: &str = "data of the running process keeps its value: set it from a hook, or restart";
+
+struct Guard<'a, 'd> {
+    old: &'a Side<'d>,
+    new: &'a Side<'d>,
+    pairing: &'a Pairing,
+    comparer: Comparer<'a, 'd>,
+    out: Vec<Refusal>,
+}
+
+impl<'d> Guard<'_, 'd> {
+    fn refuse(&mut self, rule: &'static str, symbol: &str, message: String, remedy: &str) {
+        let symbol = demangle(symbol);
+        let message = message.replace("{}", &symbol);
+        self.out.push(Refusal { rule: rule.into(), symbol, message, remedy: remedy.into() });
+    }
+
+    fn named_data(&mut self) {
+        for id in 0..self.old.build.objects.len() as ObjId {
+            let Some(new_id) = self.pairing.object_pair(id) else { continue };
+            let (a, b) = (self.old.build.object(id), self.new.build.object(new_id));
+            if a.size == 0 || b.size == 0 {
+                continue;
+            }
+            if self.old.build.section_at(a.addr).is_some_and(|s| s.name.starts_with(".got")) {
+                continue;
+            }
+            let mutable = self.old.is_mutable(a.addr) || self.new.is_mutable(b.addr);
+            if !mutable && self.is_code_constant(a) {
+                continue; // whoever uses it gets the new one
+            }
+            if a.size != b.size {
+                let message = format!("{{}} has {} bytes in the old build and {} in the new one", a.size, b.size);
+                self.refuse("data-size", a.name(), message, RESTART);
+            } else if !self.comparer.objects(a.addr, b.addr, a.size) {
+                self.refuse("initial-value", a.name(), "the initial value of {} changed".into(), RESTART);
+            }
+        }
+    }
+
+    /// Whether only code refers to a constant, by its own name: then it can be carried anew.
+    fn is_code_constant(&self, o: &Object<'d>) -> bool {
+        let build = &self.old.build;
+        let inside = |to: u64| o.addr <= to && to < o.addr + o.size;
+        if o.name().starts_with("_ZTV") || o.name().starts_with("_ZTI") || build.exported.contains(&o.addr) {
+            return false;
+        }
+        let pointed_at = build.dynamic.iter().any(|(at, r)| match r.kind {
+            DynKind::Relative(to) => inside(to) && !inside(*at),
+            _ => false,
+        });
+        let named = build.relocs.iter().filter(|r| r.kind == 1 && !inside(r.at)).any(|r| {
+            let to = build.rel_sym(r).value.wrapping_add_signed(r.addend);
+            inside(to)
+        });
+        !pointed_at && !named
+    }
+
+    /// Writable bytes that no symbol covers must start the same.
+    fn unnamed_data(&mut self) {
+        let uncovered = |side: &Side<'d>| {
+            let mut bytes = Vec::new();
+            for s in side.build.sections.iter().filter(|s| s.is_mutable() && !s.tls && s.name.starts_with(".data")) {
+                let mut at = s.addr;
+                for o in side.build.objects.iter().filter(|o| o.size > 0 && s.addr <= o.addr && o.addr < s.addr + s.size) {
+                    if at < o.addr {
+                        bytes.extend(side.build.bytes(at, o.addr - at).unwrap_or(&[]).iter().filter(|b| **b != 0));
+                    }
+                    at = at.max(o.addr + o.size);
+                }
+                if at < s.addr + s.size {
+                    bytes.extend(side.build.bytes(at, s.addr + s.size - at).unwrap_or(&[]).iter().filter(|b| **b != 0));
+                }
+            }
+            bytes
+        };
+        if self.old.build.pie && uncovered(self.old) != uncovered(self.new) {
+            self.refuse("initial-value", ".data", "the initial value of writable data without a name changed".into(), RESTART);
+        }
+    }
+
+    fn thread_locals(&mut self) {
+        for id in 0..self.old.build.tls.len() as u32 {
+            let Some(new_id) = self.pairing.tls_pair(id) else { continue };
+            let (a, b) = (&self.old.build.tls[id as usize], &self.new.build.tls[new_id as usize]);
+            let place = |side: &Side<'d>, o: &Object<'d>| side.build.tls_segment.map_or(0, |t| t.addr) + o.addr;
+            let (x, y) = (place(self.old, a), place(self.new, b));
+            let starts_zero = |side: &Side<'d>, at| side.build.section_at(at).is_none_or(|s| s.zero_fill || !s.tls);
+            let same = match (starts_zero(self.old, x), starts_zero(self.new, y)) {
+                (true, true) => true,
+                (false, false) => a.size == b.size && self.comparer.objects(x, y, a.size),
+                _ => false,
+            };
+            if a.size != b.size || !same {
+                let what = if a.size == b.size { "the initial value" } else { "the size" };
+                let message = format!("{what} of the thread-local {{}} changed");
+                self.refuse("thread-local", a.name(), message, "threads that run already have theirs: restart");
+            }
+        }
+    }
+
+    fn constructors(&mut self, diff: &Diff) {
+        let list = |side: &Side<'d>| -> Vec<Target<'d>> {
+            let arrays = side.build.sections.iter().filter(|s| {
+                [".init_array", ".fini_array", ".preinit_array", ".ctors", ".dtors"].iter().any(|n| s.name.starts_with(n))
+            });
+            let mut out = Vec::new();
+            for s in arrays {
+                for at in (s.addr..s.addr + s.size).step_by(8) {
+                    let value = match side.build.dynamic.get(&at).map(|r| r.kind) {
+                        Some(DynKind::Relative(to)) => to,
+                        _ => side.build.bytes(at, 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes),
+                    };
+                    out.push(resolve(&side.build, value, None));
+                }
+            }
+            out
+        };
+        let (a, b) = (list(self.old), list(self.new));
+        const REMEDY: &str = "start-up code has run already and will not run again: do its work in a hook, or restart";
+        if a.len() != b.len() {
+            let message = format!("the program has {} constructors and destructors, the new build {}", a.len(), b.len());
+            self.refuse("constructor", "init_array", message, REMEDY);
+            return;
+        }
+        for (x, y) in a.into_iter().zip(b) {
+            let name = crate::compare::describe(self.old, x);
+            let changed = match x {
+                Target::Func(f, _) => diff.changed.contains_key(&f),
+                _ => false,
+            };
+            if changed || !self.comparer.targets(x, y, crate::lift::Access::Extent) {
+                self.refuse("constructor", &name, "{} runs at start-up and changed".into(), REMEDY);
+            }
+        }
+    }
+
+    fn folded(&mut self) {
+        for (f, g, h) in self.pairing.splits.clone() {
+            if self.comparer.func_bodies(f, g) && self.comparer.func_bodies(f, h) {
+                continue;
+            }
+            let names: Vec<String> = self.old.build.func(f).names.iter().map(|n| demangle(n.text)).collect();
+            let message = format!("{} are one function in the old build (folded) and differ in the new one", names.join(" and "));
+            let name = self.old.build.func(f).name();
+            self.refuse("icf", name, message, "build both without folding (no --icf, -fno-ipa-icf)");
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Which old symbol is which new one. Never guessed: what stays ambiguous
+//! stays unpaired, and an unpaired function counts as removed and as new.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::build::{canonical, Build, FuncId, Name, ObjId, Object};
+use crate::compare::{Comparer, LineProof};
+use crate::side::Side;
+
+/// The pairs.
+#[derive(Clone, Debug, Default)]
+pub struct Pairing {
+    funcs: Vec<Option<FuncId>>,
+    funcs_back: Vec<Vec<FuncId>>,
+    objects: Vec<Option<ObjId>>,
+    objects_back: Vec<Option<ObjId>>,
+    tls: Vec<Option<u32>>,
+    tls_back: Vec<Option<u32>>,
+    /// Old functions whose names now belong to different functions: (old, one new, another new).
+    pub splits: Vec<(FuncId, FuncId, FuncId)>,
+    /// Names of which it can't be said which variable is which.
+    pub ambiguous: HashSet<String>,
+}
+
+impl Pairing {
+    /// The new version of an old function.
+    #[must_use]
+    pub fn func_pair(&self, old: FuncId) -> Option<FuncId> {
+        self.funcs.get(old as usize).copied().flatten()
+    }
+
+    /// The old versions of a new function (several after folding).
+    #[must_use]
+    pub fn func_olds(&self, new: FuncId) -> &[FuncId] {
+        self.funcs_back.get(new as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether the two are versions of one function.
+    #[must_use]
+    pub fn is_pair(&self, old: FuncId, new: FuncId) -> bool {
+        self.func_pair(old) == Some(new)
+    }
+
+    /// The new version of an old data symbol.
+    #[must_use]
+    pub fn object_pair(&self, old: ObjId) -> Option<ObjId> {
+        self.objects.get(old as usize).copied().flatten()
+    }
+
+    /// The old version of a new data symbol.
+    #[must_use]
+    pub fn object_old(&self, new: ObjId) -> Option<ObjId> {
+        self.objects_back.get(new as usize).copied().flatten()
+    }
+
+    /// The new version of an old thread-local variable.
+    #[must_use]
+    pub fn tls_pair(&self, old: u32) -> Option<u32> {
+        self.tls.get(old as usize).copied().flatten()
+    }
+
+    /// The old version of a new thread-local variable.
+    #[must_use]
+    pub fn tls_old(&self, new: u32) -> Option<u32> {
+        self.tls_back.get(new as usize).copied().flatten()
+    }
+
+    fn set_func(&mut self, old: FuncId, new: FuncId) {
+        if self.funcs[old as usize].is_none() {
+            self.funcs[old as usize] = Some(new);
+            self.funcs_back[new as usize].push(old);
+        }
+    }
+}
+
+/// Pairs functions, data and thread-locals of two builds.
+#[must_use]
+pub fn pair(old: &Side<'_>, new: &Side<'_>) -> Pairing {
+    let mut pairing = Pairing {
+        funcs: vec![None; old.build.funcs.len()],
+        funcs_back: vec![Vec::new(); new.build.funcs.len()],
+        ..Pairing::default()
+    };
+    exact_functions(&old.build, &new.build, &mut pairing);
+    let tls = objects(&old.build.tls, &new.build.tls, None, &mut pairing);
+    (pairing.tls, pairing.tls_back) = tls;
+    let users = Users { old, new };
+    let (a, b) = objects(&old.build.objects, &new.build.objects, Some(&users), &mut pairing);
+    (pairing.objects, pairing.objects_back) = (a, b);
+    for _ in 0..4 {
+        let before = pairing.funcs.iter().flatten().count();
+        family_functions(old, new, &mut pairing);
+        if pairing.funcs.iter().flatten().count() == before {
+            break;
+        }
+    }
+    // Static locals are recognised by their users, which may only now be paired.
+    let (a, b) = objects(&old.build.objects, &new.build.objects, Some(&users), &mut pairing);
+    (pairing.objects, pairing.objects_back) = (a, b);
+    pairing
+}
+
+/// A name that compilers number, so that equal names prove nothing by themselves.
+fn is_numbered(name: &str) -> bool {
+    let (_, suffix) = crate::build::split_suffix(name);
+    suffix.split('.').skip(1).any(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit())) || is_closure(name)
+}
+
+/// v0 and legacy spellings of a closure.
+fn is_closure(name: &str) -> bool {
+    name.contains("{{closure}}") || name.contains("$u7b$$u7b$closure") || name.starts_with("_R") && name.contains("NC")
+}
+
+/// `{closure#3}` and `{closure#0}` as one family.
+fn closure_family(name: &str) -> String {
+    let mut out = String::with_capacity(name.len());
+    let mut rest = name;
+    while let Some(at) = rest.find("{closure#") {
+        let (head, tail) = rest.split_at(at);
+        out.push_str(head);
+        out.push_str("{closure}");
+        rest = tail.find('}').map_or("", |end| &tail[end + 1..]);
+    }
+    out.push_str(rest);
+    out
+}
+
+type Index<'a, 'd> = HashMap<&'a str, Vec<(FuncId, &'a Name<'d>)>>;
+
+fn index<'a, 'd>(build: &'a Build<'d>) -> Index<'a, 'd> {
+    let mut map: Index<'a, 'd> = HashMap::new();
+    for (id, f) in build.funcs.iter().enumerate() {
+        for name in &f.names {
+            map.entry(name.text).or_default().push((id as FuncId, name));
+        }
+    }
+    map
+}
+
+fn exact_functions(old: &Build<'_>, new: &Build<'_>, pairing: &mut Pairing) {
+    let (a, b) = (index(old), index(new));
+    for (id, f) in old.funcs.iter().enumerate() {
+        let mut found: Option<FuncId> = None;
+        for name in f.names.iter().filter(|n| !is_numbered(n.text)) {
+            let (Some(olds), Some(news)) = (a.get(name.text), b.get(name.text)) else { continue };
+            let new_id = if let ([_], [(n, _)]) = (&olds[..], &news[..]) {
+                Some(*n)
+            } else {
+                let same_file = |v: &[(FuncId, &Name<'_>)]| {
+                    let mut hits = v.iter().filter(|(_, n)| n.file == name.file && n.file.is_some());
+                    hits.next().filter(|_| hits.next().is_none()).map(|(id, _)| *id)
+                };
+                same_file(olds).and_then(|_| same_file(news))
+            };
+            let Some(new_id) = new_id else { continue };
+            match found {
+                None => found = Some(new_id),
+                Some(first) if first != new_id => pairing.splits.push((id as FuncId, first, new_id)),
+                Some(_) => {}
+            }
+        }
+        if let Some(new_id) = found {
+            pairing.set_func(id as FuncId, new_id);
+        }
+    }
+}
+
+/// What exact names left: numbered names, several copies of one name, names whose hashes differ.
+fn family_functions(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
+    type Families = BTreeMap<(String, Option<String>), (Vec<FuncId>, Vec<FuncId>)>;
+    let key = |build: &Build<'_>, f: FuncId, with_file: bool| {
+        let name = &build.func(f).names[0];
+        let file = if build.rust || !with_file { None } else { name.file.map(str::to_owned) };
+        (closure_family(&canonical(name.text)), file)
+    };
+    for with_file in [true, false] {
+        let mut families: Families = BTreeMap::new();
+        let mut whole: HashMap<(String, Option<String>), (usize, usize)> = HashMap::new();
+        for id in 0..old.build.funcs.len() as FuncId {
+            let k = key(&old.build, id, with_file);
+            whole.entry(k.clone()).or_default().0 += 1;
+            if pairing.func_pair(id).is_none() {
+                families.entry(k).or_default().0.push(id);
+            }
+        }
+        for id in 0..new.build.funcs.len() as FuncId {
+            let k = key(&new.build, id, with_file);
+            whole.entry(k.clone()).or_default().1 += 1;
+            if pairing.func_olds(id).is_empty() || is_copied(&new.build, id) {
+                families.entry(k).or_default().1.push(id);
+            }
+        }
+        for (k, (olds, news)) in families {
+            if olds.is_empty() || news.is_empty() {
+                continue;
+            }
+            let sizes = whole.get(&k).copied().unwrap_or_default();
+            for (f, g) in match_family(old, new, pairing, &olds, &news, sizes.0 == sizes.1) {
+                pairing.set_func(f, g);
+            }
+        }
+    }
+}
+
+/// Whether the name is a Rust symbol that codegen units may hold several copies of.
+fn is_copied(build: &Build<'_>, id: FuncId) -> bool {
+    let name = build.func(id).name();
+    build.rust && (name.starts_with("_R") || name.starts_with("_ZN"))
+}
+
+fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncId], news: &[FuncId], same_size: bool) -> Vec<(FuncId, FuncId)> {
+    let mut comparer = Comparer::new(old, new, pairing, LineProof::Assume);
+    let mut pairs = Vec::new();
+    let mut left = Vec::new();
+    let mut taken: HashSet<FuncId> = HashSet::new();
+    let same_name = |f: FuncId, g: FuncId| old.build.func(f).name() == new.build.func(g).name();
+    for &f in olds {
+        let mut order: Vec<FuncId> = news.to_vec();
+        order.sort_by_key(|g| (!same_name(f, *g), taken.contains(g), *g));
+        // More than a few candidates of one name are not worth a quadratic search.
+        let equal = order.into_iter().take(32).find(|g| {
+            (!taken.contains(g) || same_name(f, *g)) && comparer.func_bodies(f, *g)
+        });
+        match equal {
+            Some(g) => {
+                taken.insert(g);
+                pairs.push((f, g));
+            }
+            None => left.push(f),
+        }
+    }
+    let free: Vec<FuncId> = news.iter().copied().filter(|g| !taken.contains(g) && pairing.func_olds(*g).is_empty()).collect();
+    if let ([f], [g]) = (&left[..], &free[..]) {
+        pairs.push((*f, *g));
+        return pairs;
+    }
+    for f in left {
+        let named: Vec<FuncId> = news.iter().copied().filter(|g| same_name(f, *g)).collect();
+        let copies = is_copied(&old.build, f) && !is_closure(old.build.func(f).name());
+        match &named[..] {
+            [g] if same_size && (free.contains(g) || copies) => pairs.push((f, *g)),
+            // Copies of one function in several codegen units: any of the new ones is its new version.
+            [g, ..] if copies => pairs.push((f, *g)),
+            _ => {}
+        }
+    }
+    pairs
+}
+
+struct Users<'a, 'd> {
+    old: &'a Side<'d>,
+    new: &'a Side<'d>,
+}
+
+impl Users<'_, '_> {
+    /// Whether some function and its new version use the old and the new variable.
+    fn meet(&self, pairing: &Pairing, a: ObjId, b: ObjId) -> bool {
+        let news = self.new.users(b);
+        if self.old.users(a).is_empty() && news.is_empty() {
+            return true; // used through pointers in data only: nothing can tell more
+        }
+        self.old.users(a).iter().any(|f| pairing.func_pair(*f).is_some_and(|g| news.contains(&g)))
+    }
+}
+
+type Pairs = (Vec<Option<u32>>, Vec<Option<u32>>);
+
+fn objects(old: &[Object<'_>], new: &[Object<'_>], users: Option<&Users<'_, '_>>, pairing: &mut Pairing) -> Pairs {
+    let mut there = vec![None; old.len()];
+    let mut back = vec![None; new.len()];
+    let passes: [&dyn Fn(&Name<'_>) -> (String, Option<String>); 3] = [
+        &|n| (n.text.to_owned(), n.file.map(str::to_owned)),
+        &|n| (n.text.to_owned(), None),
+        &|n| (canonical(n.text), None),
+    ];
+    for (pass, key) in passes.iter().enumerate() {
+        let mut groups: BTreeMap<(String, Option<String>), (Vec<u32>, Vec<u32>)> = BTreeMap::new();
+        let names = |o: &Object<'_>| -> Vec<(String, Option<String>)> {
+            o.names.iter().filter(|n| pass == 2 || !is_numbered(n.text)).map(key).collect()
+        };
+        for (id, o) in old.iter().enumerate().filter(|(id, _)| there[*id].is_none()) {
+            names(o).into_iter().for_each(|k| groups.entry(k).or_default().0.push(id as u32));
+        }
+        for (id, o) in new.iter().enumerate().filter(|(id, _)| back[*id].is_none()) {
+            names(o).into_iter().for_each(|k| groups.entry(k).or_default().1.push(id as u32));
+        }
+        for (_, (a, b)) in groups {
+            if let ([x], [y]) = (&a[..], &b[..]) {
+                // A numbered name (a static local) must also be used by one function's two versions.
+                let numbered = is_numbered(old[*x as usize].name()) || is_numbered(new[*y as usize].name());
+                let proven = !numbered || users.is_none_or(|u| u.meet(pairing, *x, *y));
+                if proven && there[*x as usize].is_none() && back[*y as usize].is_none() {
+                    (there[*x as usize], back[*y as usize]) = (Some(*y), Some(*x));
+                }
+                continue;
+            }
+            let Some(users) = users else { continue };
+            for x in &a {
+                let mut hits = b.iter().filter(|y| back[**y as usize].is_none() && users.meet(pairing, *x, **y));
+                let (Some(y), None) = (hits.next(), hits.next()) else { continue };
+                let rivals = a.iter().filter(|z| users.meet(pairing, **z, *y)).count();
+                if rivals == 1 && there[*x as usize].is_none() {
+                    (there[*x as usize], back[*y as usize]) = (Some(*y), Some(*x));
+                }
+            }
+        }
+    }
+    // New static locals whose name some unpaired old one has, too: it can't be said which is which.
+    if users.is_some() {
+        let family = |o: &Object<'_>| canonical(o.name());
+        let gone: HashSet<String> = (0..old.len()).filter(|i| there[*i].is_none() && old[*i].size > 0).map(|i| family(&old[i])).collect();
+        pairing.ambiguous =
+            (0..new.len()).filter(|i| back[*i].is_none()).map(|i| family(&new[i])).filter(|n| gone.contains(n)).collect();
+    }
+    (there, back)
+}
