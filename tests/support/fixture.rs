@@ -1,0 +1,216 @@
+//! Fixtures: one source file with directives for two builds. `tests/fixtures/README.md` lists the directives.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use super::{root, run};
+
+/// The language of a fixture, from its file name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Language {
+    C,
+    Cpp,
+    Rust,
+}
+
+/// One fixture, parsed.
+#[derive(Debug, Default)]
+pub struct Fixture {
+    pub name: String,
+    pub language: Option<Language>,
+    pub flags: [Vec<String>; 2],
+    pub only_flags: Option<Vec<String>>,
+    pub strip: bool,
+    pub changed: Vec<String>,
+    pub new: Vec<String>,
+    pub data: Vec<(String, String)>,
+    pub refusals: Vec<(String, Option<String>)>,
+    pub exit: Option<i32>,
+    pub noise: Vec<String>,
+    pub apply_exit: Option<(i32, Option<String>)>,
+    pub says: [Option<String>; 2],
+    /// Name and text of every unit, old and new.
+    pub units: [Vec<(String, String)>; 2],
+}
+
+/// Old, new: the order of every pair here.
+pub const SIDES: [&str; 2] = ["old", "new"];
+
+/// Every fixture, in the order of names.
+pub fn all() -> Vec<Fixture> {
+    let dir = root().join("tests/fixtures");
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(dir).expect("tests/fixtures").map(|e| e.expect("an entry").path()).collect();
+    paths.retain(|p| p.is_file() && language(p).is_some());
+    paths.sort();
+    paths.iter().map(|p| parse(p)).collect()
+}
+
+fn language(path: &Path) -> Option<Language> {
+    match path.extension()?.to_str()? {
+        "c" => Some(Language::C),
+        "cpp" => Some(Language::Cpp),
+        "rs" => Some(Language::Rust),
+        _ => None,
+    }
+}
+
+fn parse(path: &Path) -> Fixture {
+    let text = std::fs::read_to_string(path).expect("a fixture");
+    let name = path.file_stem().and_then(|s| s.to_str()).expect("a name").to_owned();
+    let words = |s: &str| s.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let first_unit = format!("fixture.{}", path.extension().and_then(|s| s.to_str()).expect("an extension"));
+    let mut f = Fixture { name, language: language(path), ..Fixture::default() };
+    let mut into = [true, true];
+    for side in 0..2 {
+        f.units[side].push((first_unit.clone(), String::new()));
+    }
+    for line in text.lines() {
+        let Some(directive) = line.strip_prefix("//#") else {
+            for side in 0..2 {
+                if into[side] {
+                    let unit = f.units[side].last_mut().expect("the first unit");
+                    unit.1 += line;
+                    unit.1 += "\n";
+                }
+            }
+            continue;
+        };
+        let (key, value) = directive.split_once(':').map_or((directive.trim(), ""), |(k, v)| (k.trim(), v.trim()));
+        let pair = || value.split_once(' ').map_or((value.to_owned(), None), |(a, b)| (a.to_owned(), Some(b.trim().to_owned())));
+        match key {
+            "both" => into = [true, true],
+            "old" => into = [true, false],
+            "new" => into = [false, true],
+            "unit" => {
+                into = [true, true];
+                f.units.iter_mut().for_each(|u| u.push((value.to_owned(), String::new())));
+            }
+            "flags" => f.flags.iter_mut().for_each(|x| x.extend(words(value))),
+            "flags-old" => f.flags[0].extend(words(value)),
+            "flags-new" => f.flags[1].extend(words(value)),
+            "only-flags" => f.only_flags = Some(words(value)),
+            "strip" => f.strip = true,
+            "expect-changed" => f.changed.extend(words(value)),
+            "expect-new" => f.new.extend(words(value)),
+            "expect-data" => f.data.push((pair().0, pair().1.unwrap_or_default())),
+            "expect-refusal" => f.refusals.push(pair()),
+            "expect-exit" => f.exit = Some(value.parse().expect("an exit code")),
+            "expect-noise" => f.noise.push(value.to_owned()),
+            "expect-apply-exit" => f.apply_exit = Some((pair().0.parse().expect("an exit code"), pair().1)),
+            "says-old" => f.says[0] = Some(value.to_owned()),
+            "says-new" => f.says[1] = Some(value.to_owned()),
+            other => panic!("{}: unknown directive {other:?}", f.name),
+        }
+    }
+    f
+}
+
+impl Fixture {
+    /// Whether something must be refused, or found not to differ, or not be applied.
+    pub fn must_not_patch(&self) -> bool {
+        !self.refusals.is_empty() || self.exit.is_some() || self.apply_exit.is_some()
+    }
+
+    /// What patch-builder must exit with.
+    pub fn builder_exit(&self) -> i32 {
+        self.exit.unwrap_or(if self.refusals.is_empty() { 0 } else { 3 })
+    }
+
+    /// Where its builds go.
+    pub fn dir(&self) -> PathBuf {
+        root().join("target/fixtures").join(&self.name)
+    }
+
+    /// Builds both sides from the same path; returns the two programs. Nothing is done if the same was built before.
+    pub fn build(&self) -> Result<[PathBuf; 2], String> {
+        let dir = self.dir();
+        let work = dir.join("src");
+        let out = SIDES.map(|side| dir.join(side));
+        let stamp = format!("{} {self:?}", toolchain());
+        let stamp = common_text().iter().fold(stamp, |s, (_, t)| s + t);
+        let stamped = dir.join("stamp");
+        if out.iter().all(|p| p.is_file()) && std::fs::read_to_string(&stamped).is_ok_and(|s| s == stamp) {
+            return Ok(out);
+        }
+        let io = |e: std::io::Error| format!("{}: {e}", dir.display());
+        for side in 0..2 {
+            let _ = std::fs::remove_dir_all(&work);
+            std::fs::create_dir_all(&work).map_err(io)?;
+            for (name, text) in common_text().iter().chain(&self.units[side]) {
+                let path = work.join(name);
+                std::fs::create_dir_all(path.parent().expect("a folder")).map_err(io)?;
+                std::fs::write(path, text).map_err(io)?;
+            }
+            let ran = run(self.compiler(side, &out[side]).current_dir(&work));
+            ran.expect_code(0)?;
+            if self.strip {
+                run(Command::new("strip").arg(&out[side])).expect_code(0)?;
+            }
+        }
+        std::fs::write(stamped, stamp).map_err(io)?;
+        Ok(out)
+    }
+
+    fn compiler(&self, side: usize, out: &Path) -> Command {
+        let language = self.language.expect("a language");
+        let (program, defaults): (_, &[&str]) = match language {
+            Language::C => ("gcc", &["-g", "-O2", "-Wl,--emit-relocs", "-Wl,--build-id"]),
+            Language::Cpp => ("g++", &["-std=c++17", "-g", "-O2", "-Wl,--emit-relocs", "-Wl,--build-id"]),
+            Language::Rust => {
+                ("rustc", &["-g", "-O", "-Csymbol-mangling-version=v0", "-Ccodegen-units=1", "-Clink-arg=-Wl,--emit-relocs"])
+            }
+        };
+        let mut command = Command::new(program);
+        match &self.only_flags {
+            Some(flags) => command.args(flags),
+            None => command.args(defaults),
+        };
+        match language {
+            Language::Rust => {
+                command.args(["--edition", "2021", "--crate-name", "fixture", "fixture.rs"]);
+            }
+            _ => {
+                command.args(["-pthread", "-I."]).args(self.units[side].iter().map(|(name, _)| name)).arg("main.c");
+            }
+        }
+        for flag in &self.flags[side] {
+            match flag.as_str() {
+                "{lld}" => command.arg("-fuse-ld=lld").arg(format!("-B{}", lld_dir())),
+                flag => command.arg(flag),
+            };
+        }
+        command.arg("-o").arg(out);
+        command
+    }
+}
+
+fn common() -> PathBuf {
+    root().join("tests/fixtures/common")
+}
+
+fn common_text() -> &'static [(String, String)] {
+    static TEXT: OnceLock<Vec<(String, String)>> = OnceLock::new();
+    TEXT.get_or_init(|| {
+        ["common.h", "main.c", "common.rs"]
+            .map(|name| (name.to_owned(), std::fs::read_to_string(common().join(name)).expect("tests/fixtures/common")))
+            .to_vec()
+    })
+}
+
+/// The lld that comes with Rust, as gcc takes it.
+fn lld_dir() -> String {
+    let sysroot = run(Command::new("rustc").args(["--print", "sysroot"])).stdout;
+    format!("{}/lib/rustlib/x86_64-unknown-linux-gnu/bin/gcc-ld", sysroot.trim())
+}
+
+fn toolchain() -> &'static str {
+    static VERSION: OnceLock<String> = OnceLock::new();
+    VERSION.get_or_init(|| {
+        ["gcc", "g++", "rustc", "ld"]
+            .iter()
+            .map(|p| run(Command::new(p).arg("--version")).stdout.lines().next().unwrap_or("?").to_owned())
+            .collect::<Vec<_>>()
+            .join(", ")
+    })
+}
