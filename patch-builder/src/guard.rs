@@ -89,17 +89,17 @@ impl<'d> Guard<'_, 'd> {
     /// Writable bytes that no symbol covers must start the same.
     fn unnamed_data(&mut self) {
         let uncovered = |side: &Side<'d>| {
-            let mut bytes = Vec::new();
+            let mut bytes: Vec<u8> = Vec::new();
             for s in side.build.sections.iter().filter(|s| s.is_mutable() && !s.tls && s.name.starts_with(".data")) {
                 let mut at = s.addr;
                 for o in side.build.objects.iter().filter(|o| o.size > 0 && s.addr <= o.addr && o.addr < s.addr + s.size) {
                     if at < o.addr {
-                        bytes.extend(side.build.bytes(at, o.addr - at).unwrap_or(&[]).iter().filter(|b| **b != 0));
+                        bytes.extend(side.build.bytes(at, o.addr - at).unwrap_or(&[]).iter().copied().filter(|b| *b != 0));
                     }
                     at = at.max(o.addr + o.size);
                 }
                 if at < s.addr + s.size {
-                    bytes.extend(side.build.bytes(at, s.addr + s.size - at).unwrap_or(&[]).iter().filter(|b| **b != 0));
+                    bytes.extend(side.build.bytes(at, s.addr + s.size - at).unwrap_or(&[]).iter().copied().filter(|b| *b != 0));
                 }
             }
             bytes

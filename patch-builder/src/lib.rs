@@ -8,4 +8,5 @@ pub mod guard;
 pub mod lift;
 pub mod pair;
 pub mod report;
+pub mod select;
 pub mod side;

@@ -8,6 +8,8 @@ mod drift;
 
 use std::collections::HashMap;
 
+pub use data::{place, slot, Place};
+
 use crate::build::{FuncId, Lines};
 use crate::lift::{Access, Ref, Target};
 use crate::pair::Pairing;
@@ -233,6 +235,29 @@ impl<'a, 'd> Comparer<'a, 'd> {
             self.memo.insert(key, false);
         }
         equal
+    }
+}
+
+/// What is meant by an address that is used directly.
+#[must_use]
+pub fn place_of_address<'d>(side: &Side<'d>, at: u64) -> Place<'d> {
+    Place::Pointer(crate::lift::resolve(&side.build, at, None))
+}
+
+/// What the slot at `at` holds, wherever it lies.
+#[must_use]
+pub fn place_of_slot<'d>(side: &Side<'d>, at: u64) -> Place<'d> {
+    place(side, at, at)
+}
+
+impl<'d> Comparer<'_, 'd> {
+    /// Whether the same address stands in two places.
+    pub fn places(&mut self, a: Place<'d>, b: Place<'d>) -> bool {
+        match (a, b) {
+            (Place::Pointer(s), Place::Pointer(t)) => self.targets(s, t, Access::Extent),
+            (Place::Import(m, x), Place::Import(n, y)) => m == n && x == y,
+            _ => false,
+        }
     }
 }
 

@@ -1,0 +1,304 @@
+//! Binding one reference, and cutting out the data that it needs.
+
+use std::collections::BTreeMap;
+
+use super::{Bound, Fixup, Piece, PieceKind, Selector, Store};
+use crate::build::{canonical, demangle, DynKind, FuncId, ObjId};
+use crate::compare::{place, slot, Place};
+use crate::lift::{Access, Target};
+use crate::side::Side;
+
+/// Where the old image keeps the address of each import: slots and stubs.
+#[derive(Default)]
+pub struct ImportSlots<'d> {
+    slots: BTreeMap<&'d str, u64>,
+    stubs: BTreeMap<&'d str, u64>,
+}
+
+/// Collects the old image's slots and stubs.
+pub fn import_slots<'d>(old: &Side<'d>) -> ImportSlots<'d> {
+    let mut out = ImportSlots::default();
+    for (at, r) in &old.build.dynamic {
+        let in_got = old.build.section_at(*at).is_some_and(|s| s.name.starts_with(".got"));
+        if let (DynKind::Import(name, 0), true) = (r.kind, in_got) {
+            let slot = out.slots.entry(name).or_insert(*at);
+            *slot = (*slot).min(*at);
+        }
+    }
+    for (at, name) in &old.build.plt {
+        let stub = out.stubs.entry(name).or_insert(*at);
+        *stub = (*stub).min(*at);
+    }
+    out
+}
+
+const NEW_IMPORT: &str = "use a function that the old build imports already, or restart";
+
+impl<'d> Selector<'_, 'd> {
+    /// What `target` of the new build is in the patched process; `None` after a refusal.
+    pub(super) fn bind(&mut self, target: Target<'d>, access: Access, context: Option<FuncId>) -> Option<Bound> {
+        match target {
+            Target::Func(g, offset) => self.bind_func(g, offset, access, context),
+            Target::Object(id, offset) => self.bind_object(id, offset),
+            Target::Plt(name) => self.bind_import(name),
+            Target::Slot(at) => self.bind_slot(at),
+            Target::Data(at) => self.bind_data(at, access),
+            Target::Unknown(0) => Some(Bound::Null),
+            Target::Tls(..) | Target::Unknown(_) => {
+                let what = crate::compare::describe(self.new, target);
+                let message = format!("{} refers to {what}, of which nothing is known", self.current);
+                let name = self.current.clone();
+                self.refuse("unknown-relocation", &name, message, "build with symbols and --emit-relocs");
+                None
+            }
+        }
+    }
+
+    fn bind_func(&mut self, g: FuncId, offset: i64, access: Access, context: Option<FuncId>) -> Option<Bound> {
+        let own = context == Some(g) && offset != 0;
+        let olds = self.pairing.func_olds(g).to_vec();
+        let carried = self.functions.contains_key(&g);
+        if offset == 0 && !Self::branch_or_address(access) {
+            // A function has one address: the old one, whose entry leads to the new code.
+            if let Some(f) = olds.first() {
+                self.address_taken.insert(*f);
+                return Some(Bound::Image(self.old.build.func(*f).addr));
+            }
+        }
+        if own || carried {
+            return Some(Bound::Func(g, offset));
+        }
+        if let Some(f) = olds.iter().find(|f| !self.diff.changed.contains_key(f)) {
+            return Some(Bound::Image(self.old.build.func(*f).addr.wrapping_add_signed(offset)));
+        }
+        if olds.is_empty() {
+            if let Some(f) = self.same_body(g) {
+                return Some(Bound::Image(self.old.build.func(f).addr.wrapping_add_signed(offset)));
+            }
+        }
+        let reason = format!("the old build has no such function; {} needs it", self.current);
+        let current = self.current.clone();
+        self.enter(g, Vec::new(), reason);
+        self.current = current;
+        Some(Bound::Func(g, offset))
+    }
+
+    fn bind_object(&mut self, id: ObjId, offset: i64) -> Option<Bound> {
+        let object = self.new.build.object(id).clone();
+        let mutable = self.new.is_mutable(object.addr);
+        if let Some(old_id) = self.pairing.object_old(id) {
+            let old = self.old.build.object(old_id).clone();
+            let same = mutable || object.size == 0 || old.size == object.size && self.comparer.objects(old.addr, object.addr, old.size);
+            if same {
+                return Some(Bound::Image(old.addr.wrapping_add_signed(offset)));
+            }
+            let piece = self.piece(object.addr, object.size, PieceKind::Constant, object.name(), None);
+            return Some(Bound::Piece(piece, offset));
+        }
+        if matches!(self.new.build.dynamic.get(&object.addr).map(|r| r.kind), Some(DynKind::Copy(_))) {
+            let message = format!("{} uses {} of a library, which the old build does not import", self.current, object.name());
+            self.refuse("import", object.name(), message, NEW_IMPORT);
+            return None;
+        }
+        if object.size == 0 {
+            let message = format!("{} refers to {}, a symbol without size that the old build does not have", self.current, object.name());
+            self.refuse("unknown-relocation", object.name(), message, "give the symbol a size, or restart");
+            return None;
+        }
+        if mutable && self.pairing.ambiguous.contains(&canonical(object.name())) {
+            let message = format!("it can't be told which old variable {} of {} is", demangle(object.name()), self.current);
+            self.refuse("ambiguous", object.name(), message, "give the static locals different names");
+            return None;
+        }
+        let kind = if mutable { PieceKind::Static } else { PieceKind::Constant };
+        let file = object.names.first().and_then(|n| n.file).map(str::to_owned);
+        let piece = self.piece(object.addr, object.size, kind, object.name(), file);
+        Some(Bound::Piece(piece, offset))
+    }
+
+    fn bind_data(&mut self, at: u64, access: Access) -> Option<Bound> {
+        if self.new.is_mutable(at) {
+            let message = format!("{} refers to writable data without a name", self.current);
+            let name = self.current.clone();
+            self.refuse("ambiguous", &name, message, "keep the symbols of static data (do not strip local symbols)");
+            return None;
+        }
+        let end = match access {
+            Access::Exact(len) => self.new.extent_end(at).max(at + u64::from(len)),
+            _ => self.new.extent_end(at),
+        };
+        let piece = self.piece(at, end - at, PieceKind::Constant, "constant", None);
+        Some(Bound::Piece(piece, 0))
+    }
+
+    fn bind_import(&mut self, name: &'d str) -> Option<Bound> {
+        if let Some(stub) = self.imports.stubs.get(name) {
+            return Some(Bound::Image(*stub));
+        }
+        let Some(slot) = self.imports.slots.get(name).copied() else { return self.no_import(name) };
+        let known = self.pieces.iter().position(|p| p.kind == PieceKind::Stub && p.name == name);
+        let piece = known.unwrap_or_else(|| {
+            let fixups = vec![Fixup { at: 2, store: Store::Pc32(-4), to: Bound::Image(slot) }];
+            // jmp qword ptr [rip + slot]
+            let bytes = vec![0xff, 0x25, 0, 0, 0, 0];
+            self.pieces.push(Piece { kind: PieceKind::Stub, name: name.into(), file: None, align: 16, bytes, fixups });
+            self.pieces.len() - 1
+        });
+        Some(Bound::Piece(piece, 0))
+    }
+
+    fn no_import(&mut self, name: &str) -> Option<Bound> {
+        let message = format!("{} calls or uses {name} of a library, which the old build does not import", self.current);
+        self.refuse("import", name, message, NEW_IMPORT);
+        None
+    }
+
+    fn bind_slot(&mut self, at: u64) -> Option<Bound> {
+        let fixups = match slot(self.new, at) {
+            Place::Import(name, 0) => {
+                return match self.imports.slots.get(name) {
+                    Some(slot) => Some(Bound::Image(*slot)),
+                    None => self.no_import(name),
+                };
+            }
+            Place::Pointer(Target::Unknown(0)) => Vec::new(),
+            Place::Pointer(Target::Tls(id, offset)) => return self.bind_tls_slot(id, offset),
+            Place::Pointer(to) => {
+                let to = self.bind(to, Access::Extent, None)?;
+                vec![Fixup { at: 0, store: Store::Abs64, to }]
+            }
+            _ => {
+                let message = format!("{} uses a slot of the global offset table that is not understood", self.current);
+                let name = self.current.clone();
+                self.refuse("unknown-relocation", &name, message, "build with a supported linker");
+                return None;
+            }
+        };
+        if let Some(piece) = self.piece_at.get(&(at, true)) {
+            return Some(Bound::Piece(*piece, 0));
+        }
+        let index = self.pieces.len();
+        self.pieces.push(Piece { kind: PieceKind::Slot, name: "slot".into(), file: None, align: 8, bytes: vec![0; 8], fixups });
+        self.piece_at.insert((at, true), index);
+        Some(Bound::Piece(index, 0))
+    }
+
+    fn bind_tls_slot(&mut self, id: u32, offset: i64) -> Option<Bound> {
+        let old_id = self.old_tls(id)?;
+        let wanted = self.old.build.tls[old_id as usize].addr.wrapping_add_signed(offset);
+        let mut slots = self.old.build.dynamic.iter().filter(|(_, r)| r.kind == DynKind::TpOff(wanted)).map(|(at, _)| *at);
+        if let Some(at) = slots.next() {
+            return Some(Bound::Image(at));
+        }
+        let name = self.new.build.tls[id as usize].name().to_owned();
+        let message = format!("{} reads the thread-local {} through a slot that the old build does not have", self.current, demangle(&name));
+        self.refuse("thread-local", &name, message, "restart");
+        None
+    }
+
+    fn old_tls(&mut self, id: u32) -> Option<u32> {
+        let old = self.pairing.tls_old(id);
+        if old.is_none() {
+            let name = self.new.build.tls[id as usize].name().to_owned();
+            let message = format!("{} uses the thread-local {}, which threads that run already do not have", self.current, demangle(&name));
+            self.refuse("thread-local", &name, message, "keep the value elsewhere (a static keyed by thread), or restart");
+        }
+        old
+    }
+
+    /// The offset from the thread pointer at which the running process has a thread-local.
+    pub(super) fn bind_tls(&mut self, target: Target<'d>) -> Option<i32> {
+        let Target::Tls(id, offset) = target else { return None };
+        let old = self.old_tls(id)?;
+        let segment = self.old.build.tls_segment?;
+        let at = self.old.build.tls[old as usize].addr.wrapping_add_signed(offset).cast_signed();
+        i32::try_from(at - segment.aligned_len.cast_signed()).ok()
+    }
+
+    /// Cuts out `len` bytes at `at` of the new build, with everything that they refer to.
+    pub(super) fn piece(&mut self, at: u64, len: u64, kind: PieceKind, name: &str, file: Option<String>) -> usize {
+        if let Some(known) = self.piece_at.get(&(at, false)) {
+            if self.pieces[*known].bytes.len() as u64 >= len {
+                return *known;
+            }
+        }
+        let build = &self.new.build;
+        let bytes = if build.is_zero_fill(at) { Some(vec![0; len as usize]) } else { build.bytes(at, len).map(<[u8]>::to_vec) };
+        let index = self.pieces.len();
+        let align = 1u64 << at.trailing_zeros().min(6);
+        let bytes = bytes.unwrap_or_default();
+        let short = (bytes.len() as u64) < len || len == 0;
+        let piece = Piece { kind, name: demangle(name), file, align, bytes, fixups: Vec::new() };
+        self.pieces.push(piece);
+        self.piece_at.insert((at, false), index);
+        if short {
+            let message = format!("{} refers to data at {at:#x} whose extent is unknown", self.current);
+            let name = self.current.clone();
+            self.refuse("overlap", &name, message, "build with -fdata-sections, or give it a name and a size");
+            return index;
+        }
+        let base_is_place = kind == PieceKind::Lsda;
+        let mut fixups = Vec::new();
+        let mut offset = 0;
+        while offset < len {
+            let here = at + offset;
+            let what = place(self.new, here, if base_is_place { here } else { at });
+            offset += self.piece_place(index, offset, what, base_is_place, &mut fixups);
+        }
+        self.pieces[index].fixups = fixups;
+        index
+    }
+
+    /// One place of a piece; how many bytes it takes.
+    fn piece_place(&mut self, index: usize, offset: u64, what: Place<'d>, base_is_place: bool, fixups: &mut Vec<Fixup>) -> u64 {
+        let clear = |s: &mut Self, width: usize| {
+            let from = offset as usize;
+            if let Some(bytes) = s.pieces[index].bytes.get_mut(from..from + width) {
+                bytes.fill(0);
+            }
+        };
+        match what {
+            Place::Bytes => 1,
+            Place::Pointer(to) => {
+                clear(self, 8);
+                if let Some(to) = self.bind(to, Access::Extent, None) {
+                    fixups.push(Fixup { at: offset, store: Store::Abs64, to });
+                }
+                8
+            }
+            Place::Relative(to) => {
+                clear(self, 4);
+                // A jump table's entries are branches: within the patch they stay within the patch.
+                let access = if matches!(to, Target::Func(..)) { Access::Branch } else { Access::Extent };
+                if let Some(to) = self.bind(to, access, None) {
+                    let addend = if base_is_place { 0 } else { offset.cast_signed() };
+                    fixups.push(Fixup { at: offset, store: Store::Pc32(addend), to });
+                }
+                4
+            }
+            Place::Short(to) => {
+                clear(self, 4);
+                if let Some(to) = self.bind(to, Access::Extent, None) {
+                    fixups.push(Fixup { at: offset, store: Store::Abs32, to });
+                }
+                4
+            }
+            Place::Import(name, _) => {
+                self.no_import(name);
+                8
+            }
+            Place::Strange => {
+                let message = format!("{} uses data with a relocation that is not understood", self.current);
+                let name = self.current.clone();
+                self.refuse("unknown-relocation", &name, message, "build with a supported linker");
+                8
+            }
+        }
+    }
+
+    /// The language-specific data area of a function.
+    pub(super) fn lsda_piece(&mut self, at: u64, _of: FuncId) -> Option<usize> {
+        let end = self.new.build.lsda_end(at);
+        Some(self.piece(at, end.checked_sub(at)?, PieceKind::Lsda, "exception table", None))
+    }
+}

@@ -1,0 +1,289 @@
+//! What the patch must carry, and what each reference in it is bound to.
+//!
+//! Code and constants that changed are carried; everything else is bound to
+//! the old image: existing data always, unchanged functions, and the address
+//! of any function that the old build has, so that a function keeps one identity.
+
+mod bind;
+mod jumps;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::build::{demangle, FuncId, Personality};
+use crate::compare::{Comparer, LineProof};
+use crate::diff::{companions, Diff};
+use crate::lift::{Access, Field};
+use crate::pair::Pairing;
+use crate::report::Refusal;
+use crate::side::Side;
+
+pub use jumps::EntryPlan;
+
+/// What a reference of the patch is bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// An address of the old image.
+    Image(u64),
+    /// A function of the patch, and how far behind its start.
+    Func(FuncId, i64),
+    /// A piece of data of the patch, and how far behind its start.
+    Piece(usize, i64),
+    /// Nothing: an undefined weak symbol.
+    Null,
+}
+
+/// How a bound reference is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// Four bytes relative to the place, plus this addend.
+    Pc32(i64),
+    /// One byte relative to its end; through an island behind the function.
+    Pc8,
+    /// Eight bytes absolute.
+    Abs64,
+    /// Four bytes absolute: only an address of an image that is not relocated.
+    Abs32,
+}
+
+/// A reference within a function or a piece of data.
+#[derive(Clone, Copy, Debug)]
+pub struct Fixup {
+    /// Where, from the start.
+    pub at: u64,
+    /// How it is stored.
+    pub store: Store,
+    /// What.
+    pub to: Bound,
+}
+
+/// What a piece of data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PieceKind {
+    /// A constant.
+    Constant,
+    /// A slot that holds an address.
+    Slot,
+    /// A language-specific data area.
+    Lsda,
+    /// New static data.
+    Static,
+    /// A jump through a slot of the old image.
+    Stub,
+}
+
+/// A piece of data that the patch carries.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// What it is.
+    pub kind: PieceKind,
+    /// Its symbol, or a description.
+    pub name: String,
+    /// The source file, for a local static.
+    pub file: Option<String>,
+    /// Alignment in bytes, a power of two.
+    pub align: u64,
+    /// Its bytes; all zero for `.bss`.
+    pub bytes: Vec<u8>,
+    /// References in it.
+    pub fixups: Vec<Fixup>,
+}
+
+/// A function that the patch carries.
+#[derive(Clone, Debug)]
+pub struct Carried {
+    /// The function, in the new build.
+    pub new: FuncId,
+    /// The old versions that it replaces.
+    pub olds: Vec<FuncId>,
+    /// Why it is in the patch.
+    pub reason: String,
+    /// Its bytes, references zeroed.
+    pub bytes: Vec<u8>,
+    /// Its references.
+    pub fixups: Vec<Fixup>,
+    /// Its language-specific data area.
+    pub lsda: Option<usize>,
+    /// Its personality routine: an address of the old image, and whether that is a slot.
+    pub personality: Option<(u64, bool)>,
+    /// Whether it is an out-of-line part of another function.
+    pub part: bool,
+}
+
+/// Everything that goes into the patch.
+pub struct Selection {
+    /// Functions, by the new build's order.
+    pub functions: BTreeMap<FuncId, Carried>,
+    /// Data.
+    pub pieces: Vec<Piece>,
+    /// How each replaced old function's entry is treated.
+    pub entries: BTreeMap<FuncId, EntryPlan>,
+    /// Reasons not to write it.
+    pub refusals: Vec<Refusal>,
+}
+
+/// Works out the selection.
+#[must_use]
+pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> Selection {
+    let mut s = Selector {
+        old,
+        new,
+        pairing,
+        diff,
+        comparer: Comparer::new(old, new, pairing, LineProof::Tables(&diff.lines.0, &diff.lines.1)),
+        functions: BTreeMap::new(),
+        queue: Vec::new(),
+        pieces: Vec::new(),
+        piece_at: HashMap::new(),
+        address_taken: BTreeSet::new(),
+        imports: bind::import_slots(old),
+        refusals: Vec::new(),
+        current: String::new(),
+    };
+    s.seed();
+    while let Some(id) = s.queue.pop() {
+        s.carry(id);
+    }
+    let entries = jumps::plan(old, new, diff, &s.functions, &s.address_taken, &mut s.refusals);
+    s.refusals.sort_by(|a, b| (&a.rule, &a.symbol, &a.message).cmp(&(&b.rule, &b.symbol, &b.message)));
+    s.refusals.dedup();
+    Selection { functions: s.functions, pieces: s.pieces, entries, refusals: s.refusals }
+}
+
+struct Selector<'a, 'd> {
+    old: &'a Side<'d>,
+    new: &'a Side<'d>,
+    pairing: &'a Pairing,
+    diff: &'a Diff,
+    comparer: Comparer<'a, 'd>,
+    functions: BTreeMap<FuncId, Carried>,
+    queue: Vec<FuncId>,
+    pieces: Vec<Piece>,
+    piece_at: HashMap<(u64, bool), usize>,
+    /// Old functions whose address the patch takes.
+    address_taken: BTreeSet<FuncId>,
+    imports: bind::ImportSlots<'d>,
+    refusals: Vec<Refusal>,
+    /// The function that is being carried, for messages.
+    current: String,
+}
+
+impl<'d> Selector<'_, 'd> {
+    fn refuse(&mut self, rule: &str, symbol: &str, message: String, remedy: &str) {
+        let symbol = demangle(symbol);
+        self.refusals.push(Refusal { rule: rule.into(), symbol, message, remedy: remedy.into() });
+    }
+
+    fn seed(&mut self) {
+        let mut seeds: BTreeMap<FuncId, (Vec<FuncId>, String)> = BTreeMap::new();
+        for (f, why) in &self.diff.changed {
+            let Some(g) = self.pairing.func_pair(*f) else { continue };
+            let seed = seeds.entry(g).or_insert_with(|| (Vec::new(), why.clone()));
+            seed.0.push(*f);
+        }
+        for (g, (olds, why)) in seeds {
+            let reason = if why.starts_with("it ") { why } else { format!("{why} changed") };
+            self.enter(g, olds, reason);
+        }
+    }
+
+    fn enter(&mut self, g: FuncId, olds: Vec<FuncId>, reason: String) {
+        if self.functions.contains_key(&g) {
+            return;
+        }
+        let part = self.new.build.func(g).cold_parent().is_some();
+        let carried = Carried { new: g, olds, reason, bytes: Vec::new(), fixups: Vec::new(), lsda: None, personality: None, part };
+        self.functions.insert(g, carried);
+        self.queue.push(g);
+        for c in companions(self.new, g) {
+            let olds = self.pairing.func_olds(c).iter().copied().filter(|f| self.diff.changed.contains_key(f)).collect();
+            self.enter(c, olds, "its parent function changed".into());
+        }
+    }
+
+    fn carry(&mut self, g: FuncId) {
+        let new = self.new;
+        let lifted = &new.lifted[g as usize];
+        let func = new.build.func(g);
+        self.current = demangle(func.name());
+        if func.ifunc {
+            let message = format!("{} chooses an implementation at start-up (IFUNC)", self.current);
+            self.refuse("unsupported", func.name(), message, "change the implementation, not the resolver");
+        }
+        if let Some(why) = &lifted.unexplained {
+            let message = format!("{} holds {why}", self.current);
+            self.refuse("unknown-relocation", func.name(), message, "build it with a supported linker and code model");
+        }
+        if func.unsized_ || func.size == 0 {
+            let message = format!("{} is assembly without a size", self.current);
+            self.refuse("overlap", func.name(), message, "give it a .size directive in both builds");
+        }
+        let mut fixups = Vec::new();
+        let mut bytes = lifted.masked.clone();
+        for r in &lifted.refs {
+            let at = u64::from(r.at);
+            if r.field == Field::TpOff32 {
+                if let Some(value) = self.bind_tls(r.target) {
+                    bytes[r.at as usize..r.at as usize + 4].copy_from_slice(&value.to_le_bytes());
+                }
+                continue;
+            }
+            let Some(to) = self.bind(r.target, r.access, Some(g)) else { continue };
+            let store = match r.field {
+                Field::Rel32 => Store::Pc32(-i64::from(r.end - r.at)),
+                Field::Rel8 => Store::Pc8,
+                Field::Abs32 => Store::Abs32,
+                Field::Abs64 | Field::TpOff32 => Store::Abs64,
+            };
+            if store == Store::Abs32 && !matches!(to, Bound::Image(_)) {
+                let message = format!("{} holds the address of something new in 32 bits", self.current);
+                self.refuse("unsupported", func.name(), message, "build a position-independent executable (-pie)");
+            }
+            fixups.push(Fixup { at, store, to });
+        }
+        let (mut lsda, mut personality) = (None, None);
+        if let Some(fde) = new.build.unwind.fde_at(func.addr) {
+            lsda = fde.lsda.and_then(|at| self.lsda_piece(at, g));
+            personality = fde.personality.and_then(|p| self.bind_personality(p));
+        }
+        if let Some(c) = self.functions.get_mut(&g) {
+            (c.bytes, c.fixups, c.lsda, c.personality) = (bytes, fixups, lsda, personality);
+        }
+    }
+
+    fn bind_personality(&mut self, new: Personality) -> Option<(u64, bool)> {
+        let holds = |side: &Side<'d>, p: Personality| match p {
+            Personality::Direct(at) => crate::compare::place_of_address(side, at),
+            Personality::Indirect(at) => crate::compare::place_of_slot(side, at),
+        };
+        let wanted = holds(self.new, new);
+        let mut olds: Vec<Personality> = self.old.build.unwind.personalities().collect();
+        olds.sort_by_key(|p| match p {
+            Personality::Direct(a) | Personality::Indirect(a) => *a,
+        });
+        olds.dedup();
+        for p in olds {
+            if self.comparer.places(holds(self.old, p), wanted) {
+                return Some(match p {
+                    Personality::Direct(at) => (at, false),
+                    Personality::Indirect(at) => (at, true),
+                });
+            }
+        }
+        let (message, name) = (format!("{} handles exceptions, which the old build does not", self.current), self.current.clone());
+        self.refuse("import", &name, message, "link the old build with exception support, or restart");
+        None
+    }
+
+    /// Whether a new function without old version has the body of an unchanged old one.
+    fn same_body(&mut self, g: FuncId) -> Option<FuncId> {
+        let code = &self.new.lifted[g as usize].masked;
+        let candidates: Vec<FuncId> = (0..self.old.lifted.len() as FuncId)
+            .filter(|f| self.old.lifted[*f as usize].masked == *code && !self.diff.changed.contains_key(f))
+            .collect();
+        candidates.into_iter().find(|f| self.comparer.func_bodies(*f, g))
+    }
+
+    fn branch_or_address(access: Access) -> bool {
+        access == Access::Branch
+    }
+}
