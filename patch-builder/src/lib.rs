@@ -1,12 +1,26 @@
 //! Diffs two linked builds into a live patch.
+//!
+//! In the order in which data flows: [`build`] reads one linked build,
+//! [`lift`] brings its functions into symbolic form (a [`side`]), [`pair`] says
+//! which old symbol is which new one, [`compare`] and [`diff`] what changed,
+//! [`guard`] what may not change, [`select`] what the patch must carry,
+//! [`emit`] writes it, [`verify`] reads it back, [`report`] says it.
+//!
+//! It never touches a process.
 #![warn(missing_docs)]
 #![forbid(unsafe_code)]
+
 pub mod build;
 pub mod compare;
 pub mod diff;
+pub mod emit;
 pub mod guard;
 pub mod lift;
 pub mod pair;
+mod pipeline;
 pub mod report;
 pub mod select;
 pub mod side;
+pub mod verify;
+
+pub use pipeline::{run, Error, Options, Outcome};

@@ -1,0 +1,401 @@
+//! Writes the patch: lays out what was selected, resolves what is inside the
+//! patch, and leaves relocations for what lies in the old image.
+
+mod elf;
+mod frames;
+
+use std::collections::{BTreeMap, HashMap};
+
+use livepatch::addr::ImageAddr;
+use livepatch::patch::{self, BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, Status};
+use sha2::{Digest, Sha256};
+
+use crate::build::{demangle, FuncId};
+use crate::diff::Diff;
+use crate::report::Refusal;
+use crate::select::{Bound, Fixup, PieceKind, Selection, Store};
+use crate::side::Side;
+
+pub(crate) const PAGE: u64 = 4096;
+
+/// A section of the patch, before it is written.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Part {
+    pub name: &'static str,
+    pub at: u64,
+    pub bytes: Vec<u8>,
+    /// Length in memory; more than `bytes` for `.bss`.
+    pub len: u64,
+    pub relocs: Vec<OutReloc>,
+}
+
+/// A relocation of the patch against the old image or against itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OutReloc {
+    /// Where, in the patch's address space.
+    pub at: u64,
+    pub wide: bool,
+    /// Address of the old image, or offset in the patch's address space.
+    pub to: OutTarget,
+    pub addend: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum OutTarget {
+    Image(u64),
+    Patch(u64),
+}
+
+/// A symbol of the patch.
+#[derive(Clone, Debug)]
+pub(crate) struct OutSymbol {
+    pub name: String,
+    pub at: u64,
+    pub size: u64,
+    pub func: bool,
+}
+
+/// The patch's bytes and its manifest.
+pub struct Emitted {
+    /// The file.
+    pub bytes: Vec<u8>,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+struct Layout<'a, 'd> {
+    selection: &'a Selection,
+    old: &'a Side<'d>,
+    funcs: BTreeMap<FuncId, u64>,
+    pieces: Vec<u64>,
+}
+
+impl Layout<'_, '_> {
+    fn address(&self, to: Bound) -> Option<OutTarget> {
+        Some(match to {
+            Bound::Image(at) => OutTarget::Image(at),
+            Bound::Func(id, offset) => OutTarget::Patch(self.funcs.get(&id)?.checked_add_signed(offset)?),
+            Bound::Piece(index, offset) => OutTarget::Patch(self.pieces.get(index)?.checked_add_signed(offset)?),
+            Bound::Null => return None,
+        })
+    }
+}
+
+/// Room behind a function for the islands of its short branches.
+const ISLAND_LEN: u64 = 5;
+
+/// Writes the patch.
+///
+/// # Errors
+///
+/// A refusal, if something can't be expressed.
+pub fn emit(old: &Side<'_>, new: &Side<'_>, diff: &Diff, selection: &Selection, name: &str) -> Result<Emitted, Vec<Refusal>> {
+    let mut layout = Layout { selection, old, funcs: BTreeMap::new(), pieces: vec![0; selection.pieces.len()] };
+    let note = note(&old.build.build_id);
+
+    // Read-only part: note, constants, slots, exception tables, unwind table.
+    let mut cursor = (note.len() as u64).next_multiple_of(16);
+    let mut spans: HashMap<&'static str, (u64, u64)> = HashMap::new();
+    for (section, kinds) in [
+        (".rodata", &[PieceKind::Constant][..]),
+        (".got", &[PieceKind::Slot][..]),
+        (".gcc_except_table", &[PieceKind::Lsda][..]),
+    ] {
+        let start = cursor.next_multiple_of(64);
+        cursor = start;
+        for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| kinds.contains(&p.kind)) {
+            cursor = cursor.next_multiple_of(piece.align.max(1));
+            layout.pieces[i] = cursor;
+            cursor += piece.bytes.len() as u64;
+        }
+        spans.insert(section, (start, cursor));
+    }
+    let frames_at = cursor.next_multiple_of(8);
+    let mut plan = frames::Frames::new(frames_at);
+    for c in selection.functions.values() {
+        let func = new.build.func(c.new);
+        if let Some(fde) = new.build.unwind.fde_at(func.addr) {
+            plan.reserve(c.new, fde, c.personality, c.lsda.is_some());
+        }
+    }
+    let frames_len = plan.len();
+    let text_at = (frames_at + frames_len).next_multiple_of(PAGE);
+
+    // Code.
+    cursor = text_at;
+    for (id, c) in &selection.functions {
+        let align = 1u64 << new.build.func(*id).addr.trailing_zeros().clamp(4, 6);
+        cursor = cursor.next_multiple_of(align);
+        layout.funcs.insert(*id, cursor);
+        let islands = c.fixups.iter().filter(|f| f.store == Store::Pc8).count() as u64;
+        cursor += c.bytes.len() as u64 + islands * ISLAND_LEN;
+    }
+    for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Stub) {
+        cursor = cursor.next_multiple_of(piece.align);
+        layout.pieces[i] = cursor;
+        cursor += piece.bytes.len() as u64;
+    }
+    let text_end = cursor;
+
+    // New statics, the zeroed ones last.
+    let data_at = text_end.next_multiple_of(PAGE);
+    cursor = data_at;
+    let is_bss = |p: &crate::select::Piece| p.fixups.is_empty() && p.bytes.iter().all(|b| *b == 0);
+    let mut data_end = data_at;
+    for zeroed in [false, true] {
+        for (i, piece) in selection.pieces.iter().enumerate() {
+            if piece.kind == PieceKind::Static && is_bss(piece) == zeroed {
+                cursor = cursor.next_multiple_of(piece.align.max(8));
+                layout.pieces[i] = cursor;
+                cursor += piece.bytes.len() as u64;
+            }
+        }
+        if !zeroed {
+            data_end = cursor;
+        }
+    }
+    let bss_end = cursor;
+
+    // Contents.
+    let mut writer = Contents { layout: &layout, errors: Vec::new() };
+    let mut parts = vec![Part { name: ".note.livepatch", at: 0, len: note.len() as u64, bytes: note, relocs: Vec::new() }];
+    for section in [".rodata", ".got", ".gcc_except_table"] {
+        let (start, end) = spans[section];
+        let kind = match section {
+            ".rodata" => PieceKind::Constant,
+            ".got" => PieceKind::Slot,
+            _ => PieceKind::Lsda,
+        };
+        parts.push(writer.data(section, start, end, |k| k == kind));
+    }
+    let lsda_at = |index: usize| layout.pieces[index];
+    let (frame_bytes, frame_relocs) = plan.write(|id| {
+        let c = &selection.functions[&id];
+        frames::Placed { at: layout.funcs[&id], lsda: c.lsda.map(lsda_at) }
+    });
+    let len = frame_bytes.len() as u64;
+    parts.push(Part { name: ".eh_frame", at: frames_at, bytes: frame_bytes, len, relocs: frame_relocs });
+    parts.push(writer.text(text_at, text_end));
+    parts.push(writer.data(".data", data_at, data_end, |k| k == PieceKind::Static));
+    let bss = Part { name: ".bss", at: data_end, len: bss_end - data_end, ..Part::default() };
+    parts.push(bss);
+    let mut refusals = writer.errors;
+    let manifest = manifest(old, new, diff, selection, &layout, name, &mut refusals);
+    if !refusals.is_empty() {
+        return Err(refusals);
+    }
+    let mut symbols: Vec<OutSymbol> = Vec::new();
+    for (id, at) in &layout.funcs {
+        let size = selection.functions[id].bytes.len() as u64;
+        symbols.push(OutSymbol { name: new.build.func(*id).name().to_owned(), at: *at, size, func: true });
+    }
+    for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static) {
+        symbols.push(OutSymbol { name: piece.name.clone(), at: layout.pieces[i], size: piece.bytes.len() as u64, func: false });
+    }
+    let image_name = |at: u64| image_symbol(layout.old, at);
+    let json = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
+    let bytes = elf::write(&parts, &symbols, &json, &image_name);
+    Ok(Emitted { bytes, manifest })
+}
+
+fn note(build_id: &[u8]) -> Vec<u8> {
+    let name = format!("{}\0", patch::NOTE_NAME);
+    let mut out = Vec::new();
+    out.extend((name.len() as u32).to_le_bytes());
+    out.extend((4 + build_id.len() as u32).to_le_bytes());
+    out.extend(patch::NOTE_TYPE_TARGET.to_le_bytes());
+    out.extend(name.as_bytes());
+    out.resize(out.len().next_multiple_of(4), 0);
+    out.extend(patch::FORMAT_VERSION.to_le_bytes());
+    out.extend(build_id);
+    out.resize(out.len().next_multiple_of(4), 0);
+    out
+}
+
+/// The name of an old address, for people who read the relocations.
+fn image_symbol(old: &Side<'_>, at: u64) -> String {
+    if let Some(name) = old.build.plt.get(&at) {
+        return format!("{name}@plt");
+    }
+    if let Some(f) = old.build.func_at(at).map(|id| old.build.func(id)).filter(|f| f.addr <= at) {
+        if old.build.section_at(at).is_some_and(|s| s.exec) {
+            return if f.addr == at { f.name().to_owned() } else { format!("{}+{:#x}", f.name(), at - f.addr) };
+        }
+    }
+    if let Some(crate::build::DynKind::Import(name, _)) = old.build.dynamic.get(&at).map(|d| d.kind) {
+        return format!("{name}@got");
+    }
+    match old.build.object_at(at).map(|id| old.build.object(id)) {
+        Some(o) if o.addr == at => o.name().to_owned(),
+        Some(o) => format!("{}+{:#x}", o.name(), at - o.addr),
+        None => format!("image+{at:#x}"),
+    }
+}
+
+struct Contents<'a, 'b, 'd> {
+    layout: &'a Layout<'b, 'd>,
+    errors: Vec<Refusal>,
+}
+
+impl Contents<'_, '_, '_> {
+    fn fail(&mut self, symbol: &str, message: String) {
+        let remedy = "report this: it is a limit of patch-builder".into();
+        self.errors.push(Refusal { rule: "unsupported".into(), symbol: symbol.into(), message, remedy });
+    }
+
+    fn data(&mut self, name: &'static str, start: u64, end: u64, wanted: impl Fn(PieceKind) -> bool) -> Part {
+        let mut part = Part { name, at: start, bytes: vec![0; (end - start) as usize], len: end - start, relocs: Vec::new() };
+        for (i, piece) in self.layout.selection.pieces.iter().enumerate().filter(|(_, p)| wanted(p.kind)) {
+            let at = self.layout.pieces[i];
+            if at + piece.bytes.len() as u64 > end {
+                continue; // in .bss
+            }
+            self.place(&mut part, at, &piece.bytes, &piece.fixups, &piece.name);
+        }
+        part
+    }
+
+    fn text(&mut self, start: u64, end: u64) -> Part {
+        // int3 between functions
+        let mut part = Part { name: ".text", at: start, bytes: vec![0xcc; (end - start) as usize], len: end - start, relocs: Vec::new() };
+        for (id, c) in &self.layout.selection.functions {
+            let at = self.layout.funcs[id];
+            let mut bytes = c.bytes.clone();
+            let mut fixups = c.fixups.clone();
+            for f in fixups.iter_mut().filter(|f| f.store == Store::Pc8) {
+                // jmp rel32 behind the function, reached by the short branch
+                let island = bytes.len() as u64;
+                let distance = i8::try_from(island.cast_signed() - f.at.cast_signed() - 1);
+                match (distance, bytes.get_mut(f.at as usize)) {
+                    (Ok(d), Some(byte)) => *byte = d.cast_unsigned(),
+                    _ => self.fail(&demangle("?"), format!("a short branch at +{:#x} that can't be lengthened", f.at)),
+                }
+                bytes.extend([0xe9, 0, 0, 0, 0]);
+                *f = Fixup { at: island + 1, store: Store::Pc32(-4), to: f.to };
+            }
+            self.place(&mut part, at, &bytes, &fixups, "function");
+        }
+        for (i, piece) in self.layout.selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Stub) {
+            self.place(&mut part, self.layout.pieces[i], &piece.bytes, &piece.fixups, &piece.name);
+        }
+        part
+    }
+
+    fn place(&mut self, part: &mut Part, at: u64, bytes: &[u8], fixups: &[Fixup], name: &str) {
+        let from = (at - part.at) as usize;
+        part.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+        for f in fixups {
+            let place = at + f.at;
+            let Some(target) = self.layout.address(f.to) else {
+                if f.store != Store::Abs64 {
+                    self.fail(name, format!("{name} refers to an undefined weak symbol relative to itself"));
+                }
+                continue;
+            };
+            let field = (place - part.at) as usize;
+            match (f.store, target) {
+                (Store::Pc32(addend), OutTarget::Patch(to)) => {
+                    let value = to.wrapping_add_signed(addend).wrapping_sub(place) as u32;
+                    part.bytes[field..field + 4].copy_from_slice(&value.to_le_bytes());
+                }
+                (Store::Pc32(addend), to) => part.relocs.push(OutReloc { at: place, wide: false, to, addend }),
+                (Store::Abs64, to) => part.relocs.push(OutReloc { at: place, wide: true, to, addend: 0 }),
+                (Store::Abs32, OutTarget::Image(to)) if !self.layout.old.build.pie && u32::try_from(to).is_ok() => {
+                    part.bytes[field..field + 4].copy_from_slice(&(to as u32).to_le_bytes());
+                }
+                (Store::Abs32 | Store::Pc8, _) => self.fail(name, format!("{name} holds an address in too few bits")),
+            }
+        }
+    }
+}
+
+fn sha(bytes: &[u8]) -> HexBytes {
+    HexBytes(Sha256::digest(bytes).to_vec())
+}
+
+fn file_name(path: &str) -> String {
+    std::path::Path::new(path).file_name().map_or_else(|| path.to_owned(), |n| n.to_string_lossy().into_owned())
+}
+
+fn manifest(
+    old: &Side<'_>,
+    new: &Side<'_>,
+    diff: &Diff,
+    selection: &Selection,
+    layout: &Layout<'_, '_>,
+    name: &str,
+    refusals: &mut Vec<Refusal>,
+) -> Manifest {
+    let mut functions = Vec::new();
+    for (id, c) in &selection.functions {
+        let func = new.build.func(*id);
+        let base = Function {
+            name: func.name().to_owned(),
+            demangled: demangle(func.name()),
+            status: Status::New,
+            reason: c.reason.clone(),
+            new_at: layout.funcs[id],
+            new_size: c.bytes.len() as u64,
+            source: diff.lines.1.source(func.addr),
+            old: None,
+        };
+        if c.part || c.olds.is_empty() {
+            functions.push(base);
+            continue;
+        }
+        for f in &c.olds {
+            let of = old.build.func(*f);
+            let Some(plan) = selection.entries.get(f) else { continue };
+            let companions = plan.parts.iter().map(|p| {
+                let part = old.build.func(*p);
+                Companion { name: part.name().to_owned(), at: ImageAddr(part.addr), size: part.size, sha256: sha(old.build.code(*p)) }
+            });
+            let entry = plan.at.and_then(|at| {
+                let original = old.build.bytes(at, patch::ENTRY_JUMP_LEN)?.to_vec();
+                Some(Entry { at: ImageAddr(at), original: HexBytes(original), padding: plan.padding })
+            });
+            if plan.at.is_some() && entry.is_none() {
+                let symbol = demangle(of.name());
+                let message = format!("the bytes of {symbol}'s entry are not in the file");
+                refusals.push(Refusal { rule: "entry-window".into(), symbol, message, remedy: "diff the unstripped build".into() });
+            }
+            let old_function = OldFunction {
+                at: ImageAddr(of.addr),
+                size: of.size,
+                sha256: sha(old.build.code(*f)),
+                branches_to_entry: plan.branches_to_entry,
+                companions: companions.collect(),
+                entry,
+            };
+            functions.push(Function {
+                name: of.name().to_owned(),
+                demangled: demangle(of.name()),
+                status: Status::Changed,
+                old: Some(old_function),
+                ..base.clone()
+            });
+        }
+    }
+    let statics = selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static).map(|(i, p)| patch::Static {
+        name: p.name.clone(),
+        file: p.file.clone(),
+        at: layout.pieces[i],
+        size: p.bytes.len() as u64,
+    });
+    let unwinder = ["_Unwind_RaiseException", "_Unwind_Resume", "__cxa_throw"];
+    let throws = old.build.dynamic.values().any(|d| matches!(d.kind, crate::build::DynKind::Import(n, _) if unwinder.contains(&n)));
+    Manifest {
+        format: patch::FORMAT_VERSION,
+        name: name.to_owned(),
+        builder: format!("patch-builder {}", env!("CARGO_PKG_VERSION")),
+        target: BuildRef { build_id: HexBytes(old.build.build_id.clone()), file: file_name(&old.build.path) },
+        new: BuildRef { build_id: HexBytes(new.build.build_id.clone()), file: file_name(&new.build.path) },
+        functions,
+        statics: statics.collect(),
+        types: "not compared".into(),
+        may_unwind: throws || old.build.unwind.has_personality(),
+        allowances: Vec::new(),
+        hooks: Vec::new(),
+        states: Vec::new(),
+    }
+}

@@ -1,0 +1,228 @@
+//! From two files to a patch, or to the reasons why not.
+
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use crate::build::{demangle, Build, BuildError};
+use crate::diff::{diff, Diff, DiffOptions};
+use crate::emit::{emit, Emitted};
+use crate::pair::{pair, Pairing};
+use crate::report::{BuildInfo, DataInfo, FunctionInfo, NoiseInfo, Refusal, Report};
+use crate::select::{select, PieceKind, Selection};
+use crate::side::Side;
+use crate::verify::verify;
+
+/// What to do.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The build that runs.
+    pub old: PathBuf,
+    /// The build with the change.
+    pub new: PathBuf,
+    /// The patch's name.
+    pub name: String,
+    /// Count a moved line as a change.
+    pub strict_locations: bool,
+    /// Write no patch.
+    pub only_report: bool,
+}
+
+/// What came of it.
+pub struct Outcome {
+    /// Everything found; refused if it holds refusals.
+    pub report: Report,
+    /// The patch; `None` if refused or not asked for.
+    pub patch: Option<Vec<u8>>,
+}
+
+/// Why there is not even a report.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file that is no build.
+    Input(PathBuf, BuildError),
+    /// The two are the same build, or no function differs.
+    NothingDiffers(String),
+    /// A defect of patch-builder that its own check found.
+    Verify(crate::verify::VerifyError),
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Input(path, e) => write!(f, "{}: {e}", path.display()),
+            Self::NothingDiffers(why) => f.write_str(why),
+            Self::Verify(e) => write!(f, "{e}; no file was written"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Error {
+    /// The exit code that the design gives it.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Input(_, BuildError::Incomplete { .. }) => 3,
+            _ => 1,
+        }
+    }
+
+    /// The rule and remedy, if it is a refusal.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refusal> {
+        let Self::Input(path, BuildError::Incomplete { rule, what, remedy }) = self else { return None };
+        let symbol = path.display().to_string();
+        Some(Refusal { rule: (*rule).into(), message: format!("{symbol}: {what}"), symbol, remedy: (*remedy).into() })
+    }
+}
+
+fn map(path: &Path) -> Result<Mmap, Error> {
+    let input = |e| Error::Input(path.to_owned(), BuildError::Io(e));
+    let file = std::fs::File::open(path).map_err(input)?;
+    livepatch_map(&file).map_err(input)
+}
+
+/// Reads the file into memory that nobody else can change.
+fn livepatch_map(file: &std::fs::File) -> std::io::Result<Mmap> {
+    use std::io::Read as _;
+    let len = usize::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?;
+    let mut map = memmap2::MmapMut::map_anon(len.max(1))?;
+    let mut rest = &mut map[..len];
+    let mut reader = file;
+    while !rest.is_empty() {
+        match reader.read(rest)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => rest = &mut rest[n..],
+        }
+    }
+    map.make_read_only()
+}
+
+/// Diffs the two builds.
+///
+/// # Errors
+///
+/// Unreadable or unusable files, and builds that do not differ.
+pub fn run(options: &Options) -> Result<Outcome, Error> {
+    let (old_bytes, new_bytes) = (map(&options.old)?, map(&options.new)?);
+    let read = |path: &Path, bytes| {
+        Build::parse(&path.display().to_string(), bytes).map_err(|e| Error::Input(path.to_owned(), e)).map(Side::new)
+    };
+    let (old, new) = rayon::join(|| read(&options.old, &old_bytes[..]), || read(&options.new, &new_bytes[..]));
+    let (old, new) = (old?, new?);
+    if old.build.build_id == new.build.build_id {
+        return Err(Error::NothingDiffers("nothing differs: both files are the same build".into()));
+    }
+    let pairing = pair(&old, &new);
+    let found = diff(&old, &new, (&old_bytes, &new_bytes), &pairing, DiffOptions { strict_locations: options.strict_locations });
+    let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
+    let selection = select(&old, &new, &pairing, &found);
+    refusals.extend(selection.refusals.iter().cloned());
+    if found.changed.is_empty() && refusals.is_empty() {
+        let drift = if found.noise.is_empty() { "" } else { "; only lines moved" };
+        return Err(Error::NothingDiffers(format!("nothing differs in any function{drift}; no file was written")));
+    }
+    let mut emitted = None;
+    if refusals.is_empty() {
+        match emit(&old, &new, &found, &selection, &options.name) {
+            Ok(e) => {
+                verify(&e.bytes, &e.manifest, &old).map_err(Error::Verify)?;
+                emitted = Some(e);
+            }
+            Err(more) => refusals.extend(more),
+        }
+    }
+    let report = report(options, &old, &new, &pairing, &found, &selection, refusals, emitted.as_ref());
+    let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
+    Ok(Outcome { report, patch })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    livepatch::patch::HexBytes(bytes.to_vec()).to_string()
+}
+
+#[allow(clippy::too_many_arguments, reason = "one call, every argument another stage's result")]
+fn report(
+    options: &Options,
+    old: &Side<'_>,
+    new: &Side<'_>,
+    _pairing: &Pairing,
+    found: &Diff,
+    selection: &Selection,
+    refusals: Vec<Refusal>,
+    emitted: Option<&Emitted>,
+) -> Report {
+    let mut functions = Vec::new();
+    for c in selection.functions.values().filter(|c| !c.part) {
+        let func = new.build.func(c.new);
+        let base = FunctionInfo {
+            name: func.name().to_owned(),
+            demangled: demangle(func.name()),
+            status: "new",
+            reason: c.reason.clone(),
+            old_addr: None,
+            old_size: None,
+            new_size: func.size,
+            entry_jump: false,
+            companions: crate::diff::companions(new, c.new).iter().map(|p| new.build.func(*p).name().to_owned()).collect(),
+            source: found.lines.1.source(func.addr),
+        };
+        if c.olds.is_empty() {
+            functions.push(base);
+            continue;
+        }
+        for f in &c.olds {
+            let of = old.build.func(*f);
+            let plan = selection.entries.get(f);
+            let mut companions = base.companions.clone();
+            companions.extend(plan.into_iter().flat_map(|p| &p.parts).map(|p| old.build.func(*p).name().to_owned()));
+            companions.sort();
+            companions.dedup();
+            functions.push(FunctionInfo {
+                name: of.name().to_owned(),
+                demangled: demangle(of.name()),
+                status: "changed",
+                old_addr: Some(format!("{:#x}", of.addr)),
+                old_size: Some(of.size),
+                entry_jump: plan.is_some_and(|p| p.at.is_some()),
+                companions,
+                ..base.clone()
+            });
+        }
+    }
+    let data = selection.pieces.iter().filter_map(|p| {
+        let kind = match p.kind {
+            PieceKind::Static => "static",
+            PieceKind::Slot | PieceKind::Stub => "slot",
+            PieceKind::Constant | PieceKind::Lsda => "constant",
+        };
+        Some(DataInfo { name: p.name.clone(), kind, size: p.bytes.len() as u64 })
+    });
+    let noise = found.noise.iter().flat_map(|(f, all)| {
+        let function = demangle(old.build.func(*f).name());
+        all.iter().map(move |n| NoiseInfo { function: function.clone(), rule: n.rule, detail: n.detail.clone() })
+    });
+    let mut warnings = Vec::new();
+    for (lines, side) in [(&found.lines.0, old), (&found.lines.1, new)] {
+        if !lines.present {
+            warnings.push(format!("{} has no debug information: lines that moved count as changes (build with -g)", side.build.path));
+        }
+    }
+    if emitted.is_some_and(|e| e.manifest.functions.iter().all(|f| f.old.as_ref().is_none_or(|o| o.entry.is_none()))) {
+        warnings.push("no entry gets a jump: nothing outside the patch calls what changed".into());
+    }
+    Report {
+        name: options.name.clone(),
+        target: BuildInfo { build_id: hex(&old.build.build_id), path: old.build.path.clone() },
+        new: BuildInfo { build_id: hex(&new.build.build_id), path: new.build.path.clone() },
+        functions,
+        data: data.collect(),
+        noise: noise.collect(),
+        refusals,
+        warnings,
+        types: "not compared",
+    }
+}
