@@ -78,7 +78,8 @@ fn check(f: &Fixture) -> Result<(), String> {
     let [old, new] = f.build()?;
     for (says, program) in f.says.iter().zip([&old, &new]) {
         if let Some(says) = says {
-            speaks_for_itself(program, says).map_err(|e| format!("the fixture is wrong, unpatched {}: {e}", program.display()))?;
+            speaks_for_itself(program, says)
+                .map_err(|e| format!("the fixture is wrong, unpatched {}: {e}", program.display()))?;
         }
     }
     let fix = f.dir().join("fix.so");
@@ -86,7 +87,11 @@ fn check(f: &Fixture) -> Result<(), String> {
     let built = build_patch(&old, &new, &fix);
     built.expect_no_crash()?.expect_code(f.builder_exit())?;
     if fix.is_file() != (f.builder_exit() == 0) {
-        return Err(format!("exit {}, and {} the patch file", built.code, if fix.is_file() { "still wrote" } else { "did not write" }));
+        return Err(format!(
+            "exit {}, and {} the patch file",
+            built.code,
+            if fix.is_file() { "still wrote" } else { "did not write" }
+        ));
     }
     let report = built.json()?;
     check_refusals(f, &report, &built.stderr)?;
@@ -171,7 +176,8 @@ fn check_functions(f: &Fixture, report: &Value) -> Result<(), String> {
             }
         }
         if !left.is_empty() || !extra.is_empty() {
-            let reasons: Vec<String> = got.iter().map(|x| format!("\n  {}: {}", text(x, "demangled"), text(x, "reason"))).collect();
+            let reasons: Vec<String> =
+                got.iter().map(|x| format!("\n  {}: {}", text(x, "demangled"), text(x, "reason"))).collect();
             return Err(format!("{status}: missing {left:?}, not expected {extra:?}; got:{}", reasons.concat()));
         }
     }
@@ -243,7 +249,9 @@ fn check_data(f: &Fixture, report: &Value) -> Result<(), String> {
             return Err(format!("no {kind} {name} in the patch's data {got:?}"));
         }
     }
-    match got.iter().find(|d| text(d, "kind") == "static" && !f.data.iter().any(|(name, _)| text(d, "name").contains(name.as_str()))) {
+    match got.iter().find(|d| {
+        text(d, "kind") == "static" && !f.data.iter().any(|(name, _)| text(d, "name").contains(name.as_str()))
+    }) {
         Some(d) => Err(format!("a static that was not expected: {d}")),
         None => Ok(()),
     }

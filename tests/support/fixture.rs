@@ -40,7 +40,8 @@ pub const SIDES: [&str; 2] = ["old", "new"];
 /// Every fixture, in the order of names.
 pub fn all() -> Vec<Fixture> {
     let dir = root().join("tests/fixtures");
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(dir).expect("tests/fixtures").map(|e| e.expect("an entry").path()).collect();
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(dir).expect("tests/fixtures").map(|e| e.expect("an entry").path()).collect();
     paths.retain(|p| p.is_file() && language(p).is_some());
     paths.sort();
     paths.iter().map(|p| parse(p)).collect()
@@ -77,7 +78,9 @@ fn parse(path: &Path) -> Fixture {
             continue;
         };
         let (key, value) = directive.split_once(':').map_or((directive.trim(), ""), |(k, v)| (k.trim(), v.trim()));
-        let pair = || value.split_once(' ').map_or((value.to_owned(), None), |(a, b)| (a.to_owned(), Some(b.trim().to_owned())));
+        let pair = || {
+            value.split_once(' ').map_or((value.to_owned(), None), |(a, b)| (a.to_owned(), Some(b.trim().to_owned())))
+        };
         match key {
             "both" => into = [true, true],
             "old" => into = [true, false],
@@ -122,9 +125,13 @@ impl Fixture {
         root().join("target/fixtures").join(&self.name)
     }
 
-    /// Builds both sides from the same path; returns the two programs. Nothing is done if the same was built before.
+    /// Builds both sides into its folder, see [`Fixture::build_in`].
     pub fn build(&self) -> Result<[PathBuf; 2], String> {
-        let dir = self.dir();
+        self.build_in(&self.dir())
+    }
+
+    /// Builds both sides from the same path under `dir`; returns the two programs. Nothing is done if the same was built there before.
+    pub fn build_in(&self, dir: &Path) -> Result<[PathBuf; 2], String> {
         let work = dir.join("src");
         let out = SIDES.map(|side| dir.join(side));
         let stamp = format!("{} {self:?}", toolchain());
@@ -157,9 +164,10 @@ impl Fixture {
         let (program, defaults): (_, &[&str]) = match language {
             Language::C => ("gcc", &["-g", "-O2", "-Wl,--emit-relocs", "-Wl,--build-id"]),
             Language::Cpp => ("g++", &["-std=c++17", "-g", "-O2", "-Wl,--emit-relocs", "-Wl,--build-id"]),
-            Language::Rust => {
-                ("rustc", &["-g", "-O", "-Csymbol-mangling-version=v0", "-Ccodegen-units=1", "-Clink-arg=-Wl,--emit-relocs"])
-            }
+            Language::Rust => (
+                "rustc",
+                &["-g", "-O", "-Csymbol-mangling-version=v0", "-Ccodegen-units=1", "-Clink-arg=-Wl,--emit-relocs"],
+            ),
         };
         let mut command = Command::new(program);
         match &self.only_flags {

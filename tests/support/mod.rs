@@ -20,7 +20,11 @@ pub fn root() -> &'static Path {
 pub fn tool(name: &str) -> PathBuf {
     let dir = std::env::var_os("LIVEPATCH_BIN_DIR").map_or_else(|| root().join("target/release"), PathBuf::from);
     let path = dir.join(name);
-    assert!(path.is_file(), "{} is missing: cargo build --release --workspace, or set LIVEPATCH_BIN_DIR", path.display());
+    assert!(
+        path.is_file(),
+        "{} is missing: cargo build --release --workspace, or set LIVEPATCH_BIN_DIR",
+        path.display()
+    );
     path
 }
 
@@ -44,7 +48,8 @@ pub struct Ran {
 impl Ran {
     /// Its standard output as JSON.
     pub fn json(&self) -> Result<Value, String> {
-        serde_json::from_str(&self.stdout).map_err(|e| format!("{}: stdout is not JSON ({e})\n{}", self.line, self.both()))
+        serde_json::from_str(&self.stdout)
+            .map_err(|e| format!("{}: stdout is not JSON ({e})\n{}", self.line, self.both()))
     }
 
     /// Both streams, for a message.

@@ -66,7 +66,11 @@ impl Program {
         let deadline = Instant::now() + Duration::from_secs(10);
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
-                return if status.success() { Ok(()) } else { Err(format!("at the end of its input the program: {status}")) };
+                return if status.success() {
+                    Ok(())
+                } else {
+                    Err(format!("at the end of its input the program: {status}"))
+                };
             }
             std::thread::sleep(Duration::from_millis(2));
         }
