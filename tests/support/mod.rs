@@ -52,9 +52,10 @@ impl Ran {
             .map_err(|e| format!("{}: stdout is not JSON ({e})\n{}", self.line, self.both()))
     }
 
-    /// Both streams, for a message.
+    /// Both streams, for a message; a long report is cut.
     pub fn both(&self) -> String {
-        format!("--- stdout\n{}--- stderr\n{}", self.stdout, self.stderr)
+        let cut = |s: &str| s.lines().take(30).map(|l| format!("{}\n", l.chars().take(300).collect::<String>())).collect::<String>();
+        format!("--- stderr\n{}--- stdout\n{}", cut(&self.stderr), cut(&self.stdout))
     }
 
     /// An error unless it ended with `code`.
