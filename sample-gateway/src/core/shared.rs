@@ -12,37 +12,37 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// Something for another worker.
-#[derive(Debug)]
-pub enum Mail {
-    /// A connection whose session belongs there, with the bytes it has sent.
-    Adopt(TcpStream, Vec<u8>),
-    /// Something happened to an order of a session there.
-    Happened(Execution),
-}
+/// A connection whose session belongs to another worker, with the bytes it has sent.
+pub type Adoption = (TcpStream, Vec<u8>);
 
 /// Where a worker gets its mail.
+///
+/// *Invariant:* executions are posted under the lock of their book, also to the own worker, so that a session hears of
+/// its orders in the order of the book.
 #[derive(Debug)]
 pub struct Mailbox {
-    letters: Mutex<Vec<Mail>>,
+    adoptions: Mutex<Vec<Adoption>>,
+    executions: Mutex<Vec<Execution>>,
     waker: Waker,
 }
 
 impl Mailbox {
     /// An empty one; `waker` wakes its owner.
     pub fn new(waker: Waker) -> Self {
-        Self { letters: Mutex::default(), waker }
+        Self { adoptions: Mutex::default(), executions: Mutex::default(), waker }
     }
 
-    /// Puts a letter in and wakes the owner.
-    pub fn post(&self, mail: Mail) {
-        let mut letters = self.letters.lock();
-        letters.push(mail);
-        let first = letters.len() == 1;
-        drop(letters);
-        if first {
-            self.wake();
-        }
+    /// Gives a connection away.
+    pub fn post_adoption(&self, adoption: Adoption) {
+        self.adoptions.lock().push(adoption);
+        self.wake();
+    }
+
+    /// Tells of something that happened to an order of the owner's. True when the owner has to be woken for it.
+    pub fn post_execution(&self, execution: Execution) -> bool {
+        let mut executions = self.executions.lock();
+        executions.push(execution);
+        executions.len() == 1
     }
 
     /// Wakes the owner.
@@ -52,9 +52,14 @@ impl Mailbox {
         }
     }
 
-    /// Takes all letters, leaving `empty` in their place.
-    pub fn collect(&self, empty: &mut Vec<Mail>) {
-        std::mem::swap(&mut *self.letters.lock(), empty);
+    /// Takes all connections, leaving `empty` in their place.
+    pub fn adoptions(&self, empty: &mut Vec<Adoption>) {
+        std::mem::swap(&mut *self.adoptions.lock(), empty);
+    }
+
+    /// Takes all executions, leaving `empty` in their place.
+    pub fn executions(&self, empty: &mut Vec<Execution>) {
+        std::mem::swap(&mut *self.executions.lock(), empty);
     }
 }
 

@@ -4,7 +4,7 @@ use super::guard::{guarded, Panicked};
 use super::metrics::Counter;
 use super::record::Record;
 use super::replies;
-use super::shared::{Mail, Shared};
+use super::shared::Shared;
 use super::worker::Worker;
 use crate::fix::{msg_type, tag, Message};
 use gateway_interface::{
@@ -72,11 +72,10 @@ impl Worker {
             }
             happened.iter().for_each(|&e| Record::Execution(e).encode(&mut self.group));
             shared.journal.append(&self.group);
-        }
-        for execution in happened.drain(..) {
-            self.deliver(execution);
+            happened.drain(..).for_each(|e| self.post(e));
         }
         self.happened = happened;
+        self.deliver();
     }
 
     fn submit(
@@ -113,13 +112,15 @@ impl Worker {
             if let Some(execution) = done {
                 Record::Execution(execution).encode(&mut self.group);
                 shared.journal.append(&self.group);
+                self.post(execution);
             }
-            done
+            done.is_some()
         };
-        match cancelled {
-            Some(execution) => self.deliver(execution),
+        if cancelled {
+            self.deliver();
+        } else {
             // Filled by another worker a moment ago; the report is on its way.
-            None => self.reject_cancel(slot, message, TOO_LATE, "too late to cancel"),
+            self.reject_cancel(slot, message, TOO_LATE, "too late to cancel");
         }
     }
 
@@ -130,13 +131,22 @@ impl Worker {
         Record::Sequence { id, next_in, next_out }.encode(&mut self.group);
     }
 
-    fn deliver(&mut self, execution: Execution) {
+    /// Called under the book's lock; nobody is woken yet.
+    fn post(&mut self, execution: Execution) {
         let home = self.shared.home(execution.session);
-        if home == self.index {
-            self.happened_to(&execution);
-        } else {
-            self.shared.mail[home].post(Mail::Happened(execution));
+        if self.shared.mail[home].post_execution(execution) && home != self.index {
+            self.to_wake |= 1 << home;
         }
+    }
+
+    /// Called without the lock: wakes the others, and reports to the own sessions.
+    fn deliver(&mut self) {
+        while self.to_wake != 0 {
+            let home = self.to_wake.trailing_zeros() as usize;
+            self.to_wake &= self.to_wake - 1;
+            self.shared.mail[home].wake();
+        }
+        self.read_executions();
     }
 
     /// Something happened to an order of a session of this worker: it is charged and reported.

@@ -12,7 +12,7 @@ use super::config::Acknowledge;
 use super::connection::{Connection, MAX_BACKLOG_BYTES};
 use super::metrics::{Counter, ThreadMetrics};
 use super::record::Record;
-use super::shared::{Mail, Shared};
+use super::shared::{Adoption, Shared};
 use crate::fix::{frame, msg_type, tag, Encoder, Frame, Message, Parser, SyntaxError};
 use crate::state::{Output, Session, Step};
 use gateway_interface::{CompId, Execution, SessionId};
@@ -82,6 +82,8 @@ pub struct Worker {
     pub(super) group: Vec<u8>,
     /// Records of this turn.
     pub(super) log: Vec<u8>,
+    /// Workers that have mail and don't know it, one bit each.
+    pub(super) to_wake: u64,
     /// New orders in this turn.
     pub(super) turn_orders: u64,
     sessions: Vec<Option<Box<Home>>>,
@@ -93,7 +95,8 @@ pub struct Worker {
     parser: Parser,
     encoder: Encoder,
     buffer: Vec<u8>,
-    letters: Vec<Mail>,
+    adoptions: Vec<Adoption>,
+    arrived: Vec<Execution>,
     dirty_connections: Vec<usize>,
     dirty_sessions: Vec<usize>,
     /// Connections with input left to read.
@@ -129,6 +132,7 @@ impl Worker {
             body: Vec::with_capacity(512),
             group: Vec::with_capacity(1024),
             log: Vec::with_capacity(64 << 10),
+            to_wake: 0,
             turn_orders: 0,
             sessions: Vec::new(),
             poll,
@@ -139,7 +143,8 @@ impl Worker {
             parser: Parser::new(),
             encoder: Encoder::new(),
             buffer: vec![0; READ_BUFFER_BYTES],
-            letters: Vec::new(),
+            adoptions: Vec::new(),
+            arrived: Vec::new(),
             dirty_connections: Vec::new(),
             dirty_sessions: Vec::new(),
             again: Vec::new(),
@@ -365,7 +370,7 @@ impl Worker {
                 let _ = self.poll.registry().deregister(connection.stream());
                 self.free.push(index);
                 let (stream, bytes) = connection.into_parts();
-                self.shared.mail[home].post(Mail::Adopt(stream, bytes));
+                self.shared.mail[home].post_adoption((stream, bytes));
             }
         }
     }
@@ -524,16 +529,23 @@ impl Worker {
     }
 
     fn read_mail(&mut self) {
-        let mut letters = std::mem::take(&mut self.letters);
-        let shared = Arc::clone(&self.shared);
-        shared.mail[self.index].collect(&mut letters);
-        for letter in letters.drain(..) {
-            match letter {
-                Mail::Adopt(stream, bytes) => self.adopt(stream, bytes),
-                Mail::Happened(execution) => self.happened_to(&execution),
-            }
+        let mut adoptions = std::mem::take(&mut self.adoptions);
+        self.shared.mail[self.index].adoptions(&mut adoptions);
+        for (stream, bytes) in adoptions.drain(..) {
+            self.adopt(stream, bytes);
         }
-        self.letters = letters;
+        self.adoptions = adoptions;
+        self.read_executions();
+    }
+
+    /// What has happened to orders of this worker's sessions, in the order of their books.
+    pub(super) fn read_executions(&mut self) {
+        let mut arrived = std::mem::take(&mut self.arrived);
+        self.shared.mail[self.index].executions(&mut arrived);
+        for execution in arrived.drain(..) {
+            self.happened_to(&execution);
+        }
+        self.arrived = arrived;
     }
 
     /// A slice of all sessions and connections.
