@@ -21,7 +21,6 @@ pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> 
         out: Vec::new(),
     };
     guard.named_data();
-    guard.unnamed_data();
     guard.thread_locals();
     guard.constructors(diff);
     guard.folded();
@@ -84,29 +83,6 @@ impl<'d> Guard<'_, 'd> {
             inside(to)
         });
         !pointed_at && !named
-    }
-
-    /// Writable bytes that no symbol covers must start the same.
-    fn unnamed_data(&mut self) {
-        let uncovered = |side: &Side<'d>| {
-            let mut bytes: Vec<u8> = Vec::new();
-            for s in side.build.sections.iter().filter(|s| s.is_mutable() && !s.tls && s.name.starts_with(".data")) {
-                let mut at = s.addr;
-                for o in side.build.objects.iter().filter(|o| o.size > 0 && s.addr <= o.addr && o.addr < s.addr + s.size) {
-                    if at < o.addr {
-                        bytes.extend(side.build.bytes(at, o.addr - at).unwrap_or(&[]).iter().copied().filter(|b| *b != 0));
-                    }
-                    at = at.max(o.addr + o.size);
-                }
-                if at < s.addr + s.size {
-                    bytes.extend(side.build.bytes(at, s.addr + s.size - at).unwrap_or(&[]).iter().copied().filter(|b| *b != 0));
-                }
-            }
-            bytes
-        };
-        if self.old.build.pie && uncovered(self.old) != uncovered(self.new) {
-            self.refuse("initial-value", ".data", "the initial value of writable data without a name changed".into(), RESTART);
-        }
     }
 
     fn thread_locals(&mut self) {

@@ -188,6 +188,11 @@ impl<'d> Lifter<'_, 'd> {
             }
             explained.fill(true);
         }
+        if is_thread_pointer(ins) {
+            // What linkers make of a call of __tls_get_addr: what belongs to it has no field of its own.
+            relocs.iter().for_each(|r| self.leftover(ins, r));
+            return;
+        }
         if ins.is_ip_rel_memory_operand() {
             let to = ins.ip_rel_memory_address();
             let place = offsets.displacement_offset();
@@ -258,11 +263,7 @@ impl<'d> Lifter<'_, 'd> {
 
     /// A relocation that no operand explains.
     fn leftover(&mut self, ins: &Instruction, reloc: &Reloc) {
-        // `mov rax, fs:0` is what linkers make of a call of __tls_get_addr; what belongs to it has no field of its own.
-        let thread_pointer = ins.mnemonic() == Mnemonic::Mov
-            && ins.memory_segment() == Register::FS
-            && ins.memory_displacement64() == 0
-            && ins.op0_register() == Register::RAX;
+        let thread_pointer = is_thread_pointer(ins);
         match reloc.kind {
             R_TLSGD if thread_pointer => self.pending_tls.push((reloc.at + 8, reloc.sym)),
             R_TLSLD | R_PLT32 | R_PC32 | R_GOTPCREL | R_GOTPCRELX if thread_pointer => {}
@@ -316,6 +317,15 @@ impl<'d> Lifter<'_, 'd> {
     fn resolve(&self, to: u64, reloc: Option<&Reloc>) -> Target<'d> {
         resolve(self.build, to, reloc)
     }
+}
+
+/// `mov rax, fs:0`.
+fn is_thread_pointer(ins: &Instruction) -> bool {
+    ins.mnemonic() == Mnemonic::Mov
+        && ins.memory_segment() == Register::FS
+        && ins.memory_displacement64() == 0
+        && ins.memory_base() == Register::None
+        && ins.op0_register() == Register::RAX
 }
 
 fn read(code: &[u8], offset: u64, place: usize, width: usize) -> Option<u64> {

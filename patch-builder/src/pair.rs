@@ -1,7 +1,7 @@
 //! Which old symbol is which new one. Never guessed: what stays ambiguous
 //! stays unpaired, and an unpaired function counts as removed and as new.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::build::{canonical, Build, FuncId, Name, ObjId, Object};
 use crate::compare::{Comparer, LineProof};
@@ -14,6 +14,9 @@ pub struct Pairing {
     funcs_back: Vec<Vec<FuncId>>,
     objects: Vec<Option<ObjId>>,
     objects_back: Vec<Option<ObjId>>,
+    /// Writable data without a name: old address to new, and back.
+    unnamed: HashMap<u64, u64>,
+    unnamed_back: HashMap<u64, u64>,
     tls: Vec<Option<u32>>,
     tls_back: Vec<Option<u32>>,
     /// Old functions whose names now belong to different functions: (old, one new, another new).
@@ -65,6 +68,18 @@ impl Pairing {
         self.tls_back.get(new as usize).copied().flatten()
     }
 
+    /// Whether two pieces of writable data without a name are versions of each other.
+    #[must_use]
+    pub fn is_unnamed_pair(&self, old: u64, new: u64) -> bool {
+        self.unnamed.get(&old) == Some(&new)
+    }
+
+    /// The old version of a piece of writable data without a name.
+    #[must_use]
+    pub fn unnamed_old(&self, new: u64) -> Option<u64> {
+        self.unnamed_back.get(&new).copied()
+    }
+
     fn set_func(&mut self, old: FuncId, new: FuncId) {
         if self.funcs[old as usize].is_none() {
             self.funcs[old as usize] = Some(new);
@@ -94,6 +109,7 @@ pub fn pair(old: &Side<'_>, new: &Side<'_>) -> Pairing {
             break;
         }
     }
+    unnamed_data(old, new, &mut pairing);
     // Static locals are recognised by their users, which may only now be paired.
     let (a, b) = objects(&old.build.objects, &new.build.objects, Some(&users), &mut pairing);
     (pairing.objects, pairing.objects_back) = (a, b);
@@ -247,6 +263,24 @@ fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncI
     pairs
 }
 
+/// Writable data without a name is recognised by its order, as long as the initial contents agree:
+/// from the front up to the first difference, and from the back.
+fn unnamed_data(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
+    let (a, b) = (old.unnamed_mutable(), new.unnamed_mutable());
+    let pairs: Vec<(u64, u64)> = {
+        let mut comparer = Comparer::new(old, new, pairing, LineProof::None);
+        let front = a.iter().zip(&b).take_while(|(x, y)| comparer.unnamed(**x, **y)).count();
+        let rest = a.len().min(b.len()) - front;
+        let back = a.iter().rev().zip(b.iter().rev()).take(rest).take_while(|(x, y)| comparer.unnamed(**x, **y)).count();
+        let ends = a.iter().rev().zip(b.iter().rev()).take(back);
+        a.iter().zip(&b).take(front).chain(ends).map(|(x, y)| (*x, *y)).collect()
+    };
+    for (x, y) in pairs {
+        pairing.unnamed.insert(x, y);
+        pairing.unnamed_back.insert(y, x);
+    }
+}
+
 struct Users<'a, 'd> {
     old: &'a Side<'d>,
     new: &'a Side<'d>,
@@ -295,7 +329,19 @@ fn objects(old: &[Object<'_>], new: &[Object<'_>], users: Option<&Users<'_, '_>>
                 continue;
             }
             let Some(users) = users else { continue };
-            for x in &a {
+            // The same numbers on both sides, and each used by the same function: the numbering did not move.
+            let texts = |v: &[u32], all: &[Object<'_>]| -> BTreeSet<String> { v.iter().map(|i| all[*i as usize].name().to_owned()).collect() };
+            let same_numbers = texts(&a, old) == texts(&b, new);
+            for x in a.iter().filter(|_| same_numbers) {
+                let named = b.iter().find(|y| new[**y as usize].name() == old[*x as usize].name());
+                if let Some(y) = named.filter(|y| back[**y as usize].is_none() && users.meet(pairing, *x, **y)) {
+                    (there[*x as usize], back[*y as usize]) = (Some(*y), Some(*x));
+                }
+            }
+            for x in a.iter() {
+                if there[*x as usize].is_some() {
+                    continue;
+                }
                 let mut hits = b.iter().filter(|y| back[**y as usize].is_none() && users.meet(pairing, *x, **y));
                 let (Some(y), None) = (hits.next(), hits.next()) else { continue };
                 let rivals = a.iter().filter(|z| users.meet(pairing, **z, *y)).count();

@@ -52,6 +52,12 @@ impl<'d> Side<'d> {
         self.build.section_at(addr).is_none_or(crate::build::Section::is_mutable)
     }
 
+    /// The places of writable data without a name that code refers to, ascending.
+    #[must_use]
+    pub fn unnamed_mutable(&self) -> Vec<u64> {
+        self.soft_bounds.iter().copied().filter(|at| self.is_mutable(*at)).collect()
+    }
+
     /// Whether a 32-bit relative entry of a table stands at `addr`.
     #[must_use]
     pub fn is_table_entry(&self, addr: u64) -> bool {

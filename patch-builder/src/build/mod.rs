@@ -220,6 +220,12 @@ impl<'d> Build<'d> {
         self.rel_syms.get(reloc.sym as usize).unwrap_or(&NONE)
     }
 
+    /// The name of the section that ends at `addr`: labels such as `__TMC_END__` stand there.
+    #[must_use]
+    pub fn edge(&self, addr: u64) -> Option<&'d str> {
+        self.sections.iter().find(|s| s.addr + s.size == addr).map(|s| s.name)
+    }
+
     /// The next hard bound after `addr`.
     #[must_use]
     pub fn next_bound(&self, addr: u64) -> u64 {
@@ -252,10 +258,12 @@ impl<'d> Build<'d> {
         self.bytes(f.addr, f.size).unwrap_or(&[])
     }
 
-    /// Where the language-specific data area at `lsda` ends at the latest: where the next begins.
+    /// Where the language-specific data area at `lsda` ends: as its tables say, at the latest where the next begins.
     #[must_use]
     pub fn lsda_end(&self, lsda: u64) -> u64 {
         let end = self.section_at(lsda).map_or(lsda, |s| s.addr + s.size);
-        self.unwind.next_lsda(lsda).unwrap_or(end).min(end)
+        let limit = self.unwind.next_lsda(lsda).unwrap_or(end).min(end);
+        let data = self.bytes(lsda, limit - lsda).unwrap_or(&[]);
+        unwind::lsda_len(data).map_or(limit, |len| lsda + len)
     }
 }

@@ -151,7 +151,8 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
             tls.push(entry);
             continue;
         }
-        let Some(section) = section_of(sections, value) else { continue };
+        let home = shndx.index().and_then(|i| raw.sections.get(usize::from(i))).filter(|s| s.alloc);
+        let Some(section) = section_of(sections, value).or(home) else { continue };
         if section.exec {
             code.push(entry);
         } else {

@@ -138,6 +138,20 @@ impl<'d> Cursor<'d> {
         None
     }
 
+    fn signed_leb(&mut self) -> Option<i64> {
+        let mut value = 0i64;
+        for shift in (0..63).step_by(7) {
+            let byte = self.skip(1)?[0];
+            value |= i64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                // sign-extend from bit `shift + 6`
+                let unused = 57u32.saturating_sub(shift);
+                return Some(value << unused >> unused);
+            }
+        }
+        None
+    }
+
     /// The body of the entry at `offset`, after its length and its id.
     fn entry(data: &'d [u8], offset: usize) -> Option<Self> {
         let mut cursor = Self { data: data.get(offset..)? };
@@ -184,4 +198,51 @@ fn fde_instructions(data: &[u8], offset: usize, encoding: Option<gimli::DwEhPe>,
         c.skip(usize::try_from(len).ok()?)?;
     }
     Some(c.data)
+}
+
+/// Length of the language-specific data area that `data` begins with, as far as its header and its
+/// tables tell; `None` if they do not (exception specifications follow the types without a length).
+pub(super) fn lsda_len(data: &[u8]) -> Option<u64> {
+    let mut c = Cursor { data };
+    if c.skip(1)?[0] != 0xff {
+        return None; // a landing-pad base of its own
+    }
+    let types = c.skip(1)?[0];
+    let types_end = if types == 0xff { None } else {
+        let len = usize::try_from(c.leb()?).ok()?;
+        Some((data.len() - c.data.len()).checked_add(len)?)
+    };
+    let call_encoding = c.skip(1)?[0];
+    let calls = usize::try_from(c.leb()?).ok()?;
+    let mut calls = Cursor { data: c.skip(calls)? };
+    let tables_end = data.len() - c.data.len();
+    let Some(types_end) = types_end else { return Some(tables_end as u64) };
+    if types_end > data.len() || types_end < tables_end || call_encoding != 1 {
+        return None;
+    }
+    // A negative filter names an exception specification: a list behind the types that a zero ends.
+    let mut end = types_end;
+    while !calls.data.is_empty() {
+        let (_, _, _, action) = (calls.leb()?, calls.leb()?, calls.leb()?, calls.leb()?);
+        let mut at = tables_end.checked_add(usize::try_from(action).ok()?)?;
+        for _ in 0..64 {
+            if action == 0 {
+                break;
+            }
+            let mut record = Cursor { data: data.get(at - 1..types_end)? };
+            let filter = record.signed_leb()?;
+            let next_at = types_end - record.data.len();
+            let next = record.signed_leb()?;
+            if filter < 0 {
+                let from = types_end.checked_add(usize::try_from(filter.unsigned_abs() - 1).ok()?)?;
+                let list = data.get(from..)?;
+                end = end.max(from + list.iter().position(|b| *b == 0)? + 1);
+            }
+            if next == 0 {
+                break;
+            }
+            at = next_at.checked_add_signed(isize::try_from(next).ok()?)?.checked_add(1)?;
+        }
+    }
+    Some(end as u64)
 }

@@ -92,6 +92,11 @@ impl<'a, 'd> Comparer<'a, 'd> {
         self.data(a, b, Some(len))
     }
 
+    /// Whether two pieces of writable data without a name start with the same content.
+    pub fn unnamed(&mut self, a: u64, b: u64) -> bool {
+        self.data(a, b, None)
+    }
+
     /// Whether two references mean the same.
     pub fn targets(&mut self, a: Target<'d>, b: Target<'d>, access: Access) -> bool {
         match (a, b) {
@@ -103,7 +108,9 @@ impl<'a, 'd> Comparer<'a, 'd> {
             (Target::Slot(s), Target::Slot(t)) => self.slots(s, t),
             (Target::Tls(s, x), Target::Tls(t, y)) => x == y && self.pairing.tls_pair(s) == Some(t),
             (Target::Object(o, x), Target::Object(p, y)) => x == y && self.object_refs(o, p, x, access),
-            (Target::Unknown(x), Target::Unknown(y)) => x == 0 && y == 0,
+            (Target::Unknown(x), Target::Unknown(y)) => {
+                x == 0 && y == 0 || self.old.build.edge(x).is_some() && self.old.build.edge(x) == self.new.build.edge(y)
+            }
             (Target::Data(_) | Target::Object(..), Target::Data(_) | Target::Object(..)) => {
                 let (a, b) = (self.address(true, a), self.address(false, b));
                 self.anonymous(a, b, access)
@@ -123,7 +130,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
 
     fn anonymous(&mut self, a: u64, b: u64, access: Access) -> bool {
         if self.old.is_mutable(a) || self.new.is_mutable(b) {
-            return false;
+            return self.pairing.is_unnamed_pair(a, b);
         }
         match access {
             Access::Exact(len) => self.data(a, b, Some(u64::from(len))),
@@ -178,7 +185,8 @@ impl<'a, 'd> Comparer<'a, 'd> {
             // Nothing is known of its references: only identical bytes at identical addresses would do.
             let same = old.build.code(f) == new.build.code(g) && x.unexplained == y.unexplained;
             if !same {
-                return self.differ(|| "its code, which is not understood".into());
+                let why = x.unexplained.clone().or_else(|| y.unexplained.clone()).unwrap_or_default();
+                return self.differ(|| format!("its code, which is not understood ({why})"));
             }
         }
         let shape = |r: &Ref<'_>| (r.at, r.end, r.field, r.access);

@@ -117,6 +117,9 @@ impl<'d> Selector<'_, 'd> {
     }
 
     fn bind_data(&mut self, at: u64, access: Access) -> Option<Bound> {
+        if let Some(old) = self.pairing.unnamed_old(at) {
+            return Some(Bound::Image(old));
+        }
         if self.new.is_mutable(at) {
             let message = format!("{} refers to writable data without a name", self.current);
             let name = self.current.clone();
