@@ -1,0 +1,159 @@
+//! What people read.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use livepatch::patcher::{CheckReport, Error, ProcessStatus, Report};
+use livepatch::registry::State;
+use serde_json::{json, Value};
+
+/// `5s`, `500ms`, `2m`; a bare number counts seconds.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| format!("{text:?} is no duration such as 5s or 500ms"))?;
+    let scale = match unit {
+        "" | "s" => 1.0,
+        "ms" => 1e-3,
+        "m" => 60.0,
+        _ => return Err(format!("{unit:?} is no unit of time; known: ms, s, m")),
+    };
+    Duration::try_from_secs_f64(number * scale).map_err(|e| e.to_string())
+}
+
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// The result of an apply or a revert.
+pub fn report(r: &Report) -> String {
+    let mut out = String::new();
+    if r.already {
+        let _ = writeln!(out, "process {}: patch {} is already applied; nothing was written", r.pid, r.patch);
+        return out;
+    }
+    let (done, what) = if r.action == "apply" { ("applied", "replaced") } else { ("reverted", "given back") };
+    let entries = if r.entries == 1 { "entry jump" } else { "entry jumps" };
+    let _ = writeln!(out, "process {}: {done} patch {}", r.pid, r.patch);
+    for f in &r.functions {
+        let _ = writeln!(out, "  {what}: {f}");
+    }
+    let _ = writeln!(
+        out,
+        "  {}, {} {entries}; pause {:.1} µs (sleeping threads held up to {:.1} µs), {}, {}",
+        count(r.functions.len(), "function"),
+        r.entries,
+        r.pause_us,
+        r.sleepers_us,
+        count(r.threads, "thread"),
+        count(r.attempts as usize, "attempt"),
+    );
+    out
+}
+
+/// The result of a check.
+pub fn check(r: &CheckReport) -> String {
+    let mut out = String::new();
+    if r.already {
+        let _ = writeln!(out, "process {}: patch {} is already applied", r.pid, r.patch);
+        return out;
+    }
+    let _ = writeln!(
+        out,
+        "process {}: patch {} would apply: {}, {}",
+        r.pid,
+        r.patch,
+        count(r.functions.len(), "function"),
+        count(r.entries, "entry jump")
+    );
+    for f in &r.functions {
+        let _ = writeln!(out, "  would replace: {f}");
+    }
+    for w in &r.warnings {
+        let _ = writeln!(out, "  {w}");
+    }
+    out
+}
+
+/// One process with its patches.
+pub fn status(s: &ProcessStatus) -> String {
+    let mut out = String::new();
+    let _ = writeln!(out, "process {} {} build {}", s.pid, s.exe, s.build_id);
+    if s.patches.is_empty() {
+        let _ = writeln!(out, "  no patch");
+    }
+    for p in &s.patches {
+        let state = match p.state {
+            State::Staged => "staged",
+            State::Applied => "applied",
+            State::Reverted => "reverted",
+        };
+        let _ = write!(
+            out,
+            "  {state:8} {}: {}, {}",
+            p.patch,
+            count(p.functions.len(), "function"),
+            count(p.entries, "entry jump")
+        );
+        if p.applied_at > 0 {
+            let _ = write!(out, ", last applied {} with a pause of {:.1} µs", utc(p.applied_at), p.pause_us);
+        }
+        let _ = writeln!(out);
+        if let Some(damage) = &p.damage {
+            let _ = writeln!(out, "    damaged: {damage}");
+        }
+    }
+    out
+}
+
+/// Unix time as `2026-01-31 12:00:00 UTC` (days to civil date after Howard Hinnant).
+fn utc(unix_s: u64) -> String {
+    let (days, s) = (unix_s / 86_400, unix_s % 86_400);
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC", s / 3600, s / 60 % 60, s % 60)
+}
+
+/// An error for programs.
+pub fn error_json(pid: Option<i32>, error: &Error) -> Value {
+    match error {
+        Error::Refused { refusal } => json!({
+            "pid": pid,
+            "refusal": {"kind": refusal.kind(), "message": refusal.to_string(), "remedy": refusal.remedy(), "waiting_helps": false},
+        }),
+        Error::NotQuiescent(why) => json!({
+            "pid": pid,
+            "refusal": {"kind": "not-quiescent", "message": error.to_string(), "remedy": "try again, or with a longer --timeout",
+                "waiting_helps": true, "thread": why},
+        }),
+        other => json!({"pid": pid, "error": {"message": other.to_string(), "exit": other.exit_code()}}),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
+        assert_eq!(duration("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "s", "5h", "-1s", "1e400s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times_are_utc() {
+        assert_eq!(utc(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(utc(951_827_696), "2000-02-29 12:34:56 UTC");
+        assert_eq!(utc(1_798_761_599), "2026-12-31 23:59:59 UTC");
+    }
+}

@@ -1,0 +1,192 @@
+//! A mapped image: ELF, load bias, identity. All of it read from the process's
+//! memory, never from a path: the file may have been replaced or lie in another
+//! mount namespace.
+
+use crate::addr::{ImageAddr, LoadBias, ProcAddr, ProcRange};
+use crate::elf::{self, DynSymbol, Head};
+use crate::maps::Mapping;
+use crate::memory::ReadMemory;
+
+/// One ELF object mapped in a process.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Where it is relative to where it was linked.
+    pub bias: LoadBias,
+    /// From its first to its last loaded byte.
+    pub range: ProcRange,
+    /// Its program headers.
+    pub head: Head,
+    /// Its GNU build-id.
+    pub build_id: Option<Vec<u8>>,
+    /// What /proc/PID/maps calls it; for people.
+    pub name: String,
+}
+
+/// Every image that begins in one of `maps`. What cannot be read or is no ELF image is left out.
+pub fn find_images<M: ReadMemory + ?Sized>(memory: &M, maps: &[Mapping]) -> Vec<Image> {
+    let candidates: Vec<&Mapping> = maps
+        .iter()
+        .filter(|m| m.read && m.offset == 0 && (m.inode != 0 || m.name == "[vdso]"))
+        .filter(|m| m.range.len_bytes() >= elf::HEAD_BYTES as u64)
+        .collect();
+    let mut heads = vec![[0u8; elf::HEAD_BYTES]; candidates.len()];
+    let mut parts: Vec<_> =
+        candidates.iter().zip(&mut heads).map(|(m, buf)| (m.range.start, buf.as_mut_slice())).collect();
+    let read = memory.read_many(&mut parts);
+    let mut out: Vec<Image> = Vec::new();
+    for ((mapping, head), ok) in candidates.into_iter().zip(&heads).zip(read) {
+        if !ok || !head.starts_with(b"\x7fELF") {
+            continue;
+        }
+        if let Some(image) = Image::at(memory, mapping, head) {
+            out.push(image);
+        }
+    }
+    out
+}
+
+impl Image {
+    fn at<M: ReadMemory + ?Sized>(memory: &M, mapping: &Mapping, head: &[u8]) -> Option<Self> {
+        let head = Head::parse(head).ok()?;
+        if head.segments.is_empty() {
+            // Another class or machine: known to be there, nothing more.
+            let (range, name) = (mapping.range, mapping.name.clone());
+            return Some(Self { bias: LoadBias(0), range, head, build_id: None, name });
+        }
+        let (first, last) = head.extent()?;
+        let page = ImageAddr(first.0 & !(crate::maps::PAGE - 1));
+        let bias = LoadBias::between(page, mapping.range.start);
+        let range = ProcRange::new(mapping.range.start, last.offset_from(page)?)?;
+        let mut image = Self { bias, range, head, build_id: None, name: mapping.name.clone() };
+        let notes: Vec<_> = image.head.of_kind(elf::PT_NOTE).copied().collect();
+        image.build_id = notes.iter().find_map(|s| {
+            let at = image.to_process(s.at, s.len_bytes)?;
+            elf::build_id(&memory.read_vec(at, s.len_bytes.min(1 << 16)).ok()?)
+        });
+        Some(image)
+    }
+
+    /// Where `len_bytes` bytes at `at` are mapped, if all of them lie in the image.
+    #[must_use]
+    pub fn to_process(&self, at: ImageAddr, len_bytes: u64) -> Option<ProcAddr> {
+        let start = ProcAddr(at.0.wrapping_add(self.bias.0));
+        let end = start.checked_add(len_bytes)?;
+        (self.range.start <= start && end <= self.range.end).then_some(start)
+    }
+
+    /// Whether some loader starts it: it has an interpreter.
+    #[must_use]
+    pub fn has_interpreter(&self) -> bool {
+        self.head.of_kind(elf::PT_INTERP).next().is_some()
+    }
+
+    /// The file's name without its folder.
+    #[must_use]
+    pub fn short_name(&self) -> &str {
+        self.name.rsplit('/').next().unwrap_or(&self.name)
+    }
+
+    /// Its build-id in hex, or `none`.
+    #[must_use]
+    pub fn build_id_hex(&self) -> String {
+        self.build_id.as_ref().map_or_else(|| "none".into(), |id| id.iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// Its dynamic symbols, exports and imports; empty if it has none or they cannot be read.
+    pub fn dynamic_symbols<M: ReadMemory + ?Sized>(&self, memory: &M) -> Vec<DynSymbol> {
+        self.try_dynamic_symbols(memory).unwrap_or_default()
+    }
+
+    fn try_dynamic_symbols<M: ReadMemory + ?Sized>(&self, memory: &M) -> Option<Vec<DynSymbol>> {
+        const DT_HASH: u64 = 4;
+        const DT_STRTAB: u64 = 5;
+        const DT_SYMTAB: u64 = 6;
+        const DT_STRSZ: u64 = 10;
+        const DT_GNU_HASH: u64 = 0x6fff_fef5;
+        let dynamic = self.head.of_kind(elf::PT_DYNAMIC).next()?;
+        let table = memory.read_vec(self.to_process(dynamic.at, dynamic.len_bytes)?, dynamic.len_bytes).ok()?;
+        let (words, _) = table.as_chunks::<8>();
+        let get = |tag: u64| {
+            words
+                .chunks_exact(2)
+                .map(|p| (u64::from_le_bytes(p[0]), u64::from_le_bytes(p[1])))
+                .take_while(|(t, _)| *t != 0)
+                .find(|(t, _)| *t == tag)
+                .map(|(_, v)| v)
+        };
+        // The loader of glibc adds the bias in place, others do not.
+        let place = |v: u64| {
+            if self.range.contains(ProcAddr(v)) {
+                Some(ProcAddr(v))
+            } else {
+                self.to_process(ImageAddr(v), 1)
+            }
+        };
+        let count = match get(DT_HASH) {
+            Some(hash) => memory.read_u64(place(hash)?).ok()? >> 32,
+            None => gnu_hash_count(memory, place(get(DT_GNU_HASH)?)?)?,
+        };
+        let symbols = place(get(DT_SYMTAB)?)?;
+        let bytes = memory.read_vec(symbols, count.checked_mul(elf::SYM_BYTES)?).ok()?;
+        let strings = memory.read_vec(place(get(DT_STRTAB)?)?, get(DT_STRSZ)?).ok()?;
+        Some(elf::dynamic_symbols(&bytes, &strings))
+    }
+}
+
+/// How many symbols a DT_GNU_HASH table covers: the end of the chain of its highest bucket.
+fn gnu_hash_count<M: ReadMemory + ?Sized>(memory: &M, at: ProcAddr) -> Option<u64> {
+    let head = memory.read_vec(at, 16).ok()?;
+    let word = |b: &[u8], i: usize| Some(u64::from(u32::from_le_bytes(*b.get(i * 4..)?.first_chunk()?)));
+    let (buckets, first, bloom) = (word(&head, 0)?, word(&head, 1)?, word(&head, 2)?);
+    let buckets_at = at.checked_add(16)?.checked_add(bloom.checked_mul(8)?)?;
+    let bytes = memory.read_vec(buckets_at, buckets.checked_mul(4)?).ok()?;
+    let highest = (0..bytes.len() / 4).filter_map(|i| word(&bytes, i)).max()?;
+    if highest < first {
+        return Some(first);
+    }
+    let chains_at = buckets_at.checked_add(buckets * 4)?;
+    for index in highest..highest + (1 << 16) {
+        let link = memory.read_vec(chains_at.checked_add((index - first) * 4)?, 4).ok()?;
+        if word(&link, 0)? & 1 == 1 {
+            return Some(index + 1);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Unreadable;
+
+    /// This very process.
+    struct Own;
+
+    impl ReadMemory for Own {
+        fn read_exact(&self, at: ProcAddr, buf: &mut [u8]) -> Result<(), Unreadable> {
+            use std::os::unix::fs::FileExt;
+            let bad = Unreadable { at, len_bytes: buf.len() as u64 };
+            let file = std::fs::File::open("/proc/self/mem").map_err(|_| bad)?;
+            file.read_exact_at(buf, at.0).map_err(|_| bad)
+        }
+    }
+
+    #[test]
+    fn our_own_images_are_found() {
+        let maps = crate::maps::parse(&std::fs::read("/proc/self/maps").unwrap()).unwrap();
+        let images = find_images(&Own, &maps);
+        let libc = images.iter().find(|i| i.short_name().starts_with("libc.so")).expect("libc");
+        assert!(libc.build_id.is_some());
+        let symbols = libc.dynamic_symbols(&Own);
+        let read = symbols.iter().find(|s| s.name == "epoll_wait").expect("epoll_wait");
+        assert!(read.at.is_some_and(|at| libc.to_process(at, 1).is_some()));
+        assert!(images.iter().any(|i| i.name == "[vdso]"));
+        let own = our_address();
+        assert!(images.iter().any(|i| i.range.contains(own) && i.has_interpreter()));
+    }
+
+    fn our_address() -> ProcAddr {
+        let f: fn() = our_own_images_are_found;
+        ProcAddr(f as usize as u64)
+    }
+}

@@ -1,0 +1,129 @@
+//! How a use case can end otherwise, and the exit codes that this means.
+
+use serde::Serialize;
+
+use crate::patch::PatchError;
+use crate::plan::Refusal;
+use crate::process::{Pid, ProcessError};
+use crate::transaction::{SwapError, TransactionError};
+
+/// Why a use case did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The patch file is none.
+    #[error(transparent)]
+    Patch(#[from] PatchError),
+    /// The process cannot be worked on.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// A no with its reason.
+    #[error("refused: {refusal}: {}", .refusal.remedy())]
+    Refused {
+        /// The reason.
+        #[from]
+        refusal: Refusal,
+    },
+    /// Some thread stayed where it must not be.
+    #[error(transparent)]
+    NotQuiescent(#[from] Box<NotQuiescent>),
+    /// Nothing to revert.
+    #[error("no patch is applied to process {pid}")]
+    NothingApplied {
+        /// The process.
+        pid: Pid,
+    },
+    /// No patch of that name.
+    #[error("patch {name} is not applied to process {pid}; the newest that is: {applied}")]
+    NoSuchPatch {
+        /// The process.
+        pid: Pid,
+        /// The name that was asked for.
+        name: String,
+        /// The newest applied patch.
+        applied: String,
+    },
+    /// The entries could not be written.
+    #[error(transparent)]
+    Swap(SwapError),
+}
+
+impl From<TransactionError> for Error {
+    fn from(e: TransactionError) -> Self {
+        match e {
+            TransactionError::Refused(refusal) => Self::Refused { refusal },
+            TransactionError::Process(e) => Self::Process(e),
+            TransactionError::Swap(e) => Self::Swap(e),
+            TransactionError::Hold(crate::process::HoldError::Process(e)) => Self::Process(e),
+            TransactionError::Hold(hold) => Self::NotQuiescent(Box::new(NotQuiescent {
+                tid: None,
+                thread: None,
+                function: None,
+                reason: hold.to_string(),
+                backtrace: Vec::new(),
+                attempts: 1,
+            })),
+        }
+    }
+}
+
+impl From<NotQuiescent> for Error {
+    fn from(e: NotQuiescent) -> Self {
+        Self::NotQuiescent(Box::new(e))
+    }
+}
+
+impl Error {
+    /// The exit code of a command that ends with this.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Refused { .. } => 3,
+            Self::NotQuiescent(_) | Self::Process(ProcessError::NoIdleThread { .. }) => 4,
+            Self::Process(ProcessError::Gone(_) | ProcessError::Permission { .. } | ProcessError::Traced { .. }) => 6,
+            _ => 1,
+        }
+    }
+}
+
+/// One line of a backtrace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TraceLine {
+    /// Where it stands, or where its callee returns to.
+    pub pc: String,
+    /// The function and how far into it, or the image and the address in it.
+    pub place: String,
+}
+
+/// Until the timeout, some thread stayed where it must not be; nothing was changed.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct NotQuiescent {
+    /// The thread.
+    pub tid: Option<i32>,
+    /// Its name.
+    pub thread: Option<String>,
+    /// The function that it is in.
+    pub function: Option<String>,
+    /// What is the matter with it.
+    pub reason: String,
+    /// Its stack, the innermost frame first.
+    pub backtrace: Vec<TraceLine>,
+    /// How many holds were tried.
+    pub attempts: u32,
+}
+
+impl std::fmt::Display for NotQuiescent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "not quiescent before the timeout, nothing was changed: ")?;
+        if let (Some(tid), Some(name)) = (self.tid, &self.thread) {
+            write!(f, "thread {tid} ({name}) ")?;
+        }
+        write!(f, "{} ({} attempts). Try again, or with a longer --timeout", self.reason, self.attempts)?;
+        for (i, line) in self.backtrace.iter().enumerate() {
+            write!(f, "\n  #{i:<2} {} {}", line.pc, line.place)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for NotQuiescent {}

@@ -1,0 +1,187 @@
+//! Looks at a process without stopping any of it: is this the build, can it be patched, is the code as built?
+
+use super::{target, Error, Inspected, Options, Patcher};
+use crate::addr::{ProcAddr, ProcRange};
+use crate::elf::{self, EM_X86_64};
+use crate::image::Image;
+use crate::memory::ReadMemory;
+use crate::patch::PatchFile;
+use crate::plan::{self, Refusal};
+use crate::process::ptrace::procfs::{self, Status};
+use crate::process::{Process, ProcessError};
+use crate::registry::{Found, State};
+use crate::transaction::Planned;
+
+/// Functions that switch a thread to another stack.
+const SWITCHES: [&str; 8] = [
+    "makecontext",
+    "swapcontext",
+    "setcontext",
+    "jump_fcontext",
+    "ontop_fcontext",
+    "make_fcontext",
+    "co_switch",
+    "swap_fcontext",
+];
+
+/// Libraries that define such functions or are known not to switch.
+const SYSTEM_LIBRARIES: [&str; 8] =
+    ["libc.so", "libc-", "ld-", "libm.so", "libm-", "libgcc_s", "libstdc++", "libpthread"];
+
+fn is_system(image: &Image) -> bool {
+    image.name.starts_with('[') || SYSTEM_LIBRARIES.iter().any(|l| image.short_name().starts_with(l))
+}
+
+impl Patcher {
+    pub(super) fn inspect(&self, patch: &PatchFile, options: &Options) -> Result<Inspected, Error> {
+        let image = self.executable()?;
+        self.check_build(image, patch)?;
+        self.check_confinement()?;
+        let manifest = &patch.manifest;
+        if let Some(hook) = manifest.hooks.first() {
+            return Err(Refusal::Unsupported { what: format!("the hook {hook}") }.into());
+        }
+        if let Some(state) = manifest.states.first() {
+            return Err(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) }.into());
+        }
+        let records = self.records()?;
+        let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
+        let newest = records.iter().rfind(|r| r.mutable.state == State::Applied);
+        if let Some(newest) = newest {
+            if newest.payload.digest.0 == patch.digest {
+                return Ok(Inspected { planned: None, already: true, register_frame: None, sequence });
+            }
+            return Err(Refusal::OtherPatch { applied: newest.payload.patch.clone() }.into());
+        }
+        if !options.allow_contexts {
+            self.check_contexts()?;
+        }
+        let branches = self.check_code(image, patch)?;
+        let register_frame = self.find_register_frame();
+        if manifest.may_unwind && register_frame.is_none() {
+            return Err(Refusal::NoUnwinder.into());
+        }
+        let earlier = records.iter().find(|r: &&Found| r.payload.digest.0 == patch.digest);
+        let planned = match earlier {
+            Some(found) => Planned::again(patch, image.bias, found, &branches)?,
+            None => Planned::new(patch, target(image), &self.maps, &branches)?,
+        };
+        Ok(Inspected { planned: Some(planned), already: false, register_frame, sequence })
+    }
+
+    /// The main executable: the image that holds the program headers which the kernel told the process.
+    pub(super) fn executable(&self) -> Result<&Image, Error> {
+        const AT_PHDR: u64 = 3;
+        let pid = self.process.pid();
+        let headers = procfs::auxiliary(pid, AT_PHDR).map(ProcAddr);
+        let found = headers.and_then(|at| self.images.iter().find(|i| i.range.contains(at)));
+        let Some(image) = found else {
+            if self.process.is_alive() {
+                let first = self.images.first().map_or_else(|| "the executable".into(), |i| i.name.clone());
+                return Err(Refusal::OtherArchitecture { image: first }.into());
+            }
+            return Err(ProcessError::Gone(pid).into());
+        };
+        if !image.head.is_64 || image.head.machine != EM_X86_64 {
+            return Err(Refusal::OtherArchitecture { image: image.name.clone() }.into());
+        }
+        Ok(image)
+    }
+
+    fn check_build(&self, image: &Image, patch: &PatchFile) -> Result<(), Error> {
+        let wanted = &patch.manifest.target.build_id.0;
+        let name = || image.name.clone();
+        let Some(running) = &image.build_id else { return Err(Refusal::NoBuildId { image: name() }.into()) };
+        if running != wanted {
+            if running == &patch.manifest.new.build_id.0 {
+                return Err(Refusal::Swapped { running: image.build_id_hex() }.into());
+            }
+            if let Some(library) = self.images.iter().find(|i| i.build_id.as_ref() == Some(wanted)) {
+                return Err(Refusal::SharedLibrary { image: library.name.clone() }.into());
+            }
+            let (running, wanted) = (image.build_id_hex(), patch.manifest.target.build_id.to_string());
+            let file = patch.manifest.target.file.clone();
+            return Err(Refusal::OtherBuild { running, image: name(), wanted, file }.into());
+        }
+        let count = self.images.iter().filter(|i| i.build_id.as_ref() == Some(wanted)).count();
+        if count > 1 {
+            return Err(Refusal::MappedTwice { image: name(), count }.into());
+        }
+        if !image.has_interpreter() || image.head.of_kind(elf::PT_DYNAMIC).next().is_none() {
+            return Err(Refusal::Static { image: name() }.into());
+        }
+        Ok(())
+    }
+
+    fn check_confinement(&self) -> Result<(), Error> {
+        let pid = self.process.pid();
+        let os = |e| ProcessError::from_os(pid, "read /proc/PID/status", e);
+        let status = Status::of(pid).map_err(os)?;
+        if status.seccomp != 0 {
+            return Err(Refusal::Seccomp { mode: status.seccomp }.into());
+        }
+        if status.shadow_stack {
+            return Err(Refusal::ShadowStack.into());
+        }
+        if let Some(other) = self.process.sharers().first() {
+            return Err(Refusal::SharedMemory { pid: other.0 }.into());
+        }
+        Ok(())
+    }
+
+    fn check_contexts(&self) -> Result<(), Error> {
+        for image in self.images.iter().filter(|i| !is_system(i)) {
+            let symbols = image.dynamic_symbols(&self.process);
+            if let Some(s) = symbols.into_iter().find(|s| SWITCHES.contains(&s.name.as_str())) {
+                return Err(Refusal::Contexts { image: image.short_name().to_owned(), symbol: s.name }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares every old function with what the patch was built for; tells for each whether it branches to its entry.
+    fn check_code(&self, image: &Image, patch: &PatchFile) -> Result<Vec<bool>, Error> {
+        let functions = &patch.manifest.functions;
+        let mut ranges: Vec<ProcRange> = Vec::new();
+        let mut counts = Vec::with_capacity(functions.len());
+        for f in functions {
+            let old = plan::old_code(f, image.bias).unwrap_or_default();
+            let inside = old.iter().all(|r| image.range.start <= r.start && r.end <= image.range.end);
+            if f.old.is_some() && (old.is_empty() || !inside) {
+                let at = old.first().map_or(image.range.start, |r| r.start);
+                return Err(Refusal::OutOfReach { at: image.range.start, to: at }.into());
+            }
+            counts.push(old.len());
+            ranges.extend(old);
+        }
+        let mut code: Vec<Vec<u8>> =
+            ranges.iter().map(|r| vec![0; usize::try_from(r.len_bytes()).unwrap_or(0)]).collect();
+        let mut parts: Vec<_> = ranges.iter().zip(&mut code).map(|(r, c)| (r.start, c.as_mut_slice())).collect();
+        let read = self.process.read_many(&mut parts);
+        let mut next = 0;
+        let mut branches = Vec::with_capacity(functions.len());
+        for (f, count) in functions.iter().zip(counts) {
+            let end = next + count;
+            if let Some(i) = (next..end).find(|i| read.get(*i) != Some(&true)) {
+                let at = ranges.get(i).map_or(ProcAddr(0), |r| r.start);
+                return Err(Refusal::CodeChanged { function: f.demangled.clone(), at, breakpoint: false }.into());
+            }
+            branches.push(plan::check_old_code(f, image.bias, code.get(next..end).unwrap_or(&[]))?);
+            next = end;
+        }
+        Ok(branches)
+    }
+
+    /// Where `__register_frame` of libgcc is: in its library, or linked into the executable and exported.
+    fn find_register_frame(&self) -> Option<ProcAddr> {
+        let mut images: Vec<&Image> = self.images.iter().collect();
+        images.sort_by_key(|i| !i.short_name().starts_with("libgcc_s"));
+        let main = self.executable().ok().map(|i| i.range.start);
+        images.retain(|i| i.short_name().starts_with("libgcc_s") || Some(i.range.start) == main);
+        images.into_iter().find_map(|image| {
+            let symbols = image.dynamic_symbols(&self.process);
+            let at = symbols.iter().find(|s| s.name == "__register_frame")?.at?;
+            image.to_process(at, 1)
+        })
+    }
+}

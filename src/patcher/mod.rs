@@ -1,0 +1,374 @@
+//! The use cases: check, apply, revert, status; and how often a hold is tried.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use crate::image::Image;
+use crate::maps::Mapping;
+use crate::patch::PatchFile;
+use crate::plan::Refusal;
+use crate::process::ptrace::PtraceProcess;
+use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
+use crate::quiesce::{Checker, NotClear, StackMap, Why};
+use crate::registry::{self, State};
+use crate::stack::{Cfi, WatchList};
+use crate::transaction::{Applied, Planned, SwapError, Target, TransactionError};
+
+mod blame;
+mod error;
+mod idle;
+mod inspect;
+mod status;
+
+pub use error::{Error, NotQuiescent, TraceLine};
+pub use status::{patched_processes, PatchStatus, ProcessStatus};
+
+/// How to apply and revert.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long to try before giving up.
+    pub timeout: Duration,
+    /// The longest that threads are held in one attempt.
+    pub hold: Duration,
+    /// Go on although the process switches stacks by itself: `--allow contexts`.
+    pub allow_contexts: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(5), hold: Duration::from_millis(100), allow_contexts: false }
+    }
+}
+
+/// What an apply or a revert did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The process.
+    pub pid: i32,
+    /// `apply` or `revert`.
+    pub action: &'static str,
+    /// The patch's name.
+    pub patch: String,
+    /// Whether there was nothing to do.
+    pub already: bool,
+    /// The functions replaced, or given back.
+    pub functions: Vec<String>,
+    /// How many entries were written.
+    pub entries: usize,
+    /// The longest that a running thread was held, in µs.
+    pub pause_us: f64,
+    /// The longest that a sleeping thread was held, in µs.
+    pub sleepers_us: f64,
+    /// How many threads there were.
+    pub threads: usize,
+    /// How many holds it took.
+    pub attempts: u32,
+    /// What went less well than it could.
+    pub warnings: Vec<String>,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckReport {
+    /// The process.
+    pub pid: i32,
+    /// The patch's name.
+    pub patch: String,
+    /// Whether it is applied already.
+    pub already: bool,
+    /// The functions that it would replace.
+    pub functions: Vec<String>,
+    /// How many entries it would write.
+    pub entries: usize,
+    /// What to expect.
+    pub warnings: Vec<String>,
+}
+
+/// A process to be patched.
+pub struct Patcher {
+    process: PtraceProcess,
+    maps: Vec<Mapping>,
+    images: Vec<Image>,
+}
+
+impl Patcher {
+    /// Opens a process without touching it.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or we may not.
+    pub fn open(pid: Pid) -> Result<Self, Error> {
+        let process = PtraceProcess::open(pid)?;
+        let maps = process.mappings()?;
+        let images = crate::image::find_images(&process, &maps);
+        Ok(Self { process, maps, images })
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut PtraceProcess {
+        &mut self.process
+    }
+
+    /// Would it apply now? Touches nothing.
+    ///
+    /// # Errors
+    ///
+    /// Why it would not.
+    pub fn check(&self, patch: &PatchFile, options: &Options) -> Result<CheckReport, Error> {
+        let inspected = self.inspect(patch, options)?;
+        let mut report = CheckReport {
+            pid: self.process.pid().0,
+            patch: patch.manifest.name.clone(),
+            already: inspected.already,
+            functions: replaced(patch),
+            entries: 0,
+            warnings: Vec::new(),
+        };
+        if let Some(planned) = inspected.planned {
+            report.entries = planned.entries();
+        }
+        Ok(report)
+    }
+
+    /// Applies a patch.
+    ///
+    /// # Errors
+    ///
+    /// It was not applied; nothing was changed.
+    pub fn apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
+        let deadline = Instant::now() + options.timeout;
+        let mut report = self.report("apply", &patch.manifest.name);
+        let inspected = self.inspect(patch, options)?;
+        report.functions = replaced(patch);
+        let Some(planned) = inspected.planned else {
+            report.already = true;
+            return Ok(report);
+        };
+        let register_frame = inspected.register_frame;
+        let pid = self.process.pid();
+        let mut staged = planned.stage(&mut self.process, deadline)?;
+        if staged.wants_registration() {
+            match register_frame {
+                Some(function) => {
+                    let cfi = Cfi::load(staged.process(), &self.images);
+                    let mut idle = idle::Idle::new(staged.process(), &self.images, &self.maps, &cfi);
+                    staged.register(function, &mut idle, deadline)?;
+                }
+                None => report.warnings.push(
+                    "unwind tables not registered: the process has no __register_frame; a backtrace ends at the patch"
+                        .into(),
+                ),
+            }
+        }
+        let watch = WatchList::new(staged.watched());
+        let mut retry = Retry::new(deadline, options.hold);
+        let committed = loop {
+            let stacks = StackMap::new(&staged.process().mappings()?);
+            if retry.wants_tables {
+                retry.load_tables(staged.process(), &self.images)?;
+            }
+            let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            match staged.commit(retry.limits(), &mut checker, inspected.sequence, now) {
+                Ok(committed) => break committed,
+                Err((back, error)) => {
+                    staged = back;
+                    let blocked = checker.into_blocked();
+                    retry.again(error, blocked, staged.process(), &self.images, pid, &patch.manifest.name)?;
+                }
+            }
+        };
+        report.entries = committed.entries;
+        report.fill(committed.times, retry.attempts);
+        Ok(report)
+    }
+
+    /// Reverts the newest applied patch, or the one named if it is the newest.
+    ///
+    /// # Errors
+    ///
+    /// It was not reverted; nothing was changed.
+    pub fn revert(&mut self, name: Option<&str>, options: &Options) -> Result<Report, Error> {
+        let deadline = Instant::now() + options.timeout;
+        let mut records = self.records()?;
+        records.retain(|r| r.mutable.state == State::Applied);
+        let pid = self.process.pid();
+        let Some(newest) = records.pop() else { return Err(Error::NothingApplied { pid }) };
+        if let Some(name) = name.filter(|n| *n != newest.payload.patch) {
+            if records.iter().any(|r| r.payload.patch == name) {
+                let newest = newest.payload.patch;
+                return Err(Refusal::NotNewest { name: name.to_owned(), newest }.into());
+            }
+            return Err(Error::NoSuchPatch { pid, name: name.to_owned(), applied: newest.payload.patch });
+        }
+        let mut report = self.report("revert", &newest.payload.patch);
+        let patch = newest.payload.patch.clone();
+        report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
+        let mut applied = Applied::new(newest)?;
+        applied.check_entries(&self.process)?;
+        let watch = WatchList::new(applied.watched());
+        let mut retry = Retry::new(deadline, options.hold);
+        let reverted = loop {
+            let stacks = StackMap::new(&self.process.mappings()?);
+            if retry.wants_tables {
+                retry.load_tables(&self.process, &self.images)?;
+            }
+            let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
+            match applied.revert(&mut self.process, retry.limits(), &mut checker) {
+                Ok(reverted) => break reverted,
+                Err((back, error)) => {
+                    applied = back;
+                    let blocked = checker.into_blocked();
+                    retry.again(error, blocked, &self.process, &self.images, pid, &patch)?;
+                }
+            }
+        };
+        report.entries = reverted.entries;
+        report.fill(reverted.times, retry.attempts);
+        Ok(report)
+    }
+
+    /// Reverts all applied patches, the newest first.
+    ///
+    /// # Errors
+    ///
+    /// One was not reverted; those before it were.
+    pub fn revert_all(&mut self, options: &Options) -> Result<Vec<Report>, Error> {
+        let mut out = vec![self.revert(None, options)?];
+        loop {
+            match self.revert(None, options) {
+                Ok(report) => out.push(report),
+                Err(Error::NothingApplied { .. }) => return Ok(out),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The records of this process, in the order of their apply.
+    fn records(&self) -> Result<Vec<registry::Found>, Error> {
+        registry::find(&self.process, &self.process.mappings()?).map_err(|broken| {
+            let (name, what) = ("(unknown)".into(), broken.error.to_string());
+            Refusal::Damaged { name, at: broken.at, what }.into()
+        })
+    }
+
+    fn report(&self, action: &'static str, patch: &str) -> Report {
+        Report {
+            pid: self.process.pid().0,
+            action,
+            patch: patch.to_owned(),
+            already: false,
+            functions: Vec::new(),
+            entries: 0,
+            pause_us: 0.0,
+            sleepers_us: 0.0,
+            threads: 0,
+            attempts: 0,
+            warnings: Vec::new(),
+        }
+    }
+}
+
+impl Report {
+    fn fill(&mut self, times: HoldTimes, attempts: u32) {
+        let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
+        (self.pause_us, self.sleepers_us) = (us(times.pause_ns), us(times.sleepers_ns));
+        (self.threads, self.attempts) = (times.threads, attempts);
+    }
+}
+
+fn replaced(patch: &PatchFile) -> Vec<String> {
+    names(patch.manifest.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled))
+}
+
+fn names<'a>(list: impl Iterator<Item = &'a String>) -> Vec<String> {
+    list.cloned().collect()
+}
+
+/// When to hold again.
+struct Retry {
+    deadline: Instant,
+    hold: Duration,
+    pause: Duration,
+    attempts: u32,
+    wants_tables: bool,
+    cfi: Option<Cfi>,
+}
+
+impl Retry {
+    fn new(deadline: Instant, hold: Duration) -> Self {
+        Self { deadline, hold, pause: Duration::from_millis(2), attempts: 1, wants_tables: false, cfi: None }
+    }
+
+    fn limits(&self) -> HoldLimits {
+        HoldLimits { deadline: self.hold }
+    }
+
+    /// Reads all unwind tables, those of patches included, while the threads run.
+    fn load_tables(&mut self, process: &PtraceProcess, images: &[Image]) -> Result<(), Error> {
+        let mut cfi = Cfi::load(process, images);
+        for found in registry::find(process, &process.mappings()?).unwrap_or_default() {
+            if let Some(table) = found.payload.eh_frame.and_then(|t| t.range()) {
+                cfi.add_patch(process, found.region, table.start, table.len_bytes());
+            }
+        }
+        self.cfi = Some(cfi);
+        self.wants_tables = false;
+        Ok(())
+    }
+
+    /// Decides on another attempt after `error`, and waits for it.
+    fn again(
+        &mut self,
+        error: TransactionError,
+        blocked: Option<NotClear>,
+        process: &PtraceProcess,
+        images: &[Image],
+        pid: Pid,
+        patch: &str,
+    ) -> Result<(), Error> {
+        let hold = match error {
+            TransactionError::Hold(HoldError::Process(e)) => return Err(e.into()),
+            TransactionError::Hold(hold) => hold,
+            TransactionError::Swap(e @ SwapError::Changed { .. }) => return Err(e.refusal(patch).into()),
+            other => return Err(other.into()),
+        };
+        if !process.is_alive() {
+            return Err(ProcessError::Gone(pid).into());
+        }
+        if Instant::now() >= self.deadline {
+            if self.cfi.is_none() {
+                self.load_tables(process, images)?;
+            }
+            let cfi = self.cfi.as_ref();
+            return Err(blame::not_quiescent(process, images, cfi, &hold, blocked, self.attempts).into());
+        }
+        // A hit that only unwinding can judge: read the tables and hold again at once.
+        if blocked.as_ref().is_some_and(|b| b.why == Why::TablesWanted) && self.cfi.is_none() {
+            self.wants_tables = true;
+        } else {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            std::thread::sleep(self.pause.min(left));
+            self.pause = (self.pause * 3 / 2).min(Duration::from_millis(100));
+        }
+        self.attempts += 1;
+        Ok(())
+    }
+}
+
+/// The image to patch, from what was found.
+fn target(image: &Image) -> Target {
+    Target { bias: image.bias, range: image.range }
+}
+
+/// What inspecting a process for a patch found.
+struct Inspected {
+    /// `None` if the patch is applied already.
+    planned: Option<Planned>,
+    already: bool,
+    /// Where `__register_frame` is.
+    register_frame: Option<crate::addr::ProcAddr>,
+    /// For the next apply.
+    sequence: u64,
+}

@@ -1,0 +1,103 @@
+//! What is applied where.
+
+use serde::Serialize;
+
+use super::{Error, Patcher};
+use crate::process::ptrace::procfs;
+use crate::process::{Pid, Process};
+use crate::registry::State;
+use crate::transaction::Applied;
+
+/// One patch in one process.
+#[derive(Clone, Debug, Serialize)]
+pub struct PatchStatus {
+    /// Its name.
+    pub patch: String,
+    /// SHA-256 of its file.
+    pub digest: String,
+    /// Whether its entries lead to it.
+    pub state: State,
+    /// The functions that it replaces.
+    pub functions: Vec<String>,
+    /// How many entries it has.
+    pub entries: usize,
+    /// When it was applied last, Unix time in seconds.
+    pub applied_at: u64,
+    /// What that cost, in µs.
+    pub pause_us: f64,
+    /// Whether the unwinder knows its tables.
+    pub unwind_registered: bool,
+    /// What is wrong with it, if something is.
+    pub damage: Option<String>,
+}
+
+/// One process.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProcessStatus {
+    /// The process.
+    pub pid: i32,
+    /// Its name.
+    pub name: String,
+    /// Its executable's path, as the process sees it.
+    pub exe: String,
+    /// Its executable's build-id.
+    pub build_id: String,
+    /// Its patches, in the order of their apply.
+    pub patches: Vec<PatchStatus>,
+}
+
+impl Patcher {
+    /// What is applied to this process; reads only.
+    ///
+    /// # Errors
+    ///
+    /// The process is gone or a record is damaged.
+    pub fn status(&self) -> Result<ProcessStatus, Error> {
+        let pid = self.process.pid();
+        let image = self.executable()?;
+        let patches = self.records()?.into_iter().map(|found| {
+            let applied = found.mutable.state == State::Applied;
+            let payload = found.payload.clone();
+            let mutable = found.mutable;
+            let damage = match Applied::new(found) {
+                Ok(a) if applied => a.check_entries(&self.process).err().map(|e| e.to_string()),
+                Ok(_) => None,
+                Err(e) => Some(e.to_string()),
+            };
+            PatchStatus {
+                patch: payload.patch,
+                digest: payload.digest.to_string(),
+                state: mutable.state,
+                functions: payload.functions.iter().filter(|f| f.old.is_some()).map(|f| f.demangled.clone()).collect(),
+                entries: payload.entries.len(),
+                applied_at: mutable.applied_at_s,
+                pause_us: (mutable.pause_ns as f64 / 100.0).round() / 10.0,
+                unwind_registered: mutable.unwind_registered,
+                damage,
+            }
+        });
+        Ok(ProcessStatus {
+            pid: pid.0,
+            name: procfs::thread_name(pid, crate::process::Tid(pid.0)),
+            exe: image.name.clone(),
+            build_id: image.build_id_hex(),
+            patches: patches.collect(),
+        })
+    }
+}
+
+/// Every process of this host that holds a patch, and how many could not be looked at for want of permission.
+#[must_use]
+pub fn patched_processes() -> (Vec<ProcessStatus>, usize) {
+    let (mut out, mut hidden) = (Vec::new(), 0);
+    let own = Pid(std::process::id().cast_signed());
+    for pid in procfs::processes().into_iter().filter(|p| *p != own) {
+        let status = Patcher::open(pid).and_then(|p| p.status());
+        match status {
+            Ok(s) if !s.patches.is_empty() => out.push(s),
+            Err(Error::Process(crate::process::ProcessError::Permission { .. })) => hidden += 1,
+            _ => {}
+        }
+    }
+    (out, hidden)
+}

@@ -1,0 +1,240 @@
+//! Refusals: not failures, but a no with its reason.
+
+use crate::addr::ProcAddr;
+
+/// Why a patch is not applied or reverted; nothing was changed. Waiting does not help against any of these.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The process runs another build.
+    #[error("the process runs build {running} of {image}, the patch is for build {wanted} ({file})")]
+    OtherBuild {
+        /// The build-id of the process's executable, in hex.
+        running: String,
+        /// Its name.
+        image: String,
+        /// The build-id that the patch is for.
+        wanted: String,
+        /// The file that it was built from.
+        file: String,
+    },
+    /// The process runs the new build already.
+    #[error("the process runs build {running}, which is the build that the patch leads to: old and new were swapped, or the process has the fix already")]
+    Swapped {
+        /// The build-id of the process's executable, in hex.
+        running: String,
+    },
+    /// The executable has no build-id.
+    #[error("{image} has no GNU build-id in memory, so it cannot be told from other builds")]
+    NoBuildId {
+        /// Its name.
+        image: String,
+    },
+    /// The image is a shared library.
+    #[error("the patch is for {image}, a shared library of this process")]
+    SharedLibrary {
+        /// Its name.
+        image: String,
+    },
+    /// The image is several times in the process.
+    #[error("{image} is mapped {count} times in this process")]
+    MappedTwice {
+        /// Its name.
+        image: String,
+        /// How often.
+        count: usize,
+    },
+    /// A statically linked program.
+    #[error("{image} is statically linked")]
+    Static {
+        /// Its name.
+        image: String,
+    },
+    /// Not an x86-64 program.
+    #[error("{image} is not an x86-64 program")]
+    OtherArchitecture {
+        /// Its name.
+        image: String,
+    },
+    /// The process is confined by seccomp.
+    #[error("the process is confined by seccomp (mode {mode})")]
+    Seccomp {
+        /// The mode in /proc/PID/status.
+        mode: u32,
+    },
+    /// The process has a shadow stack.
+    #[error("the process runs with a shadow stack (x86_Thread_features: shstk)")]
+    ShadowStack,
+    /// Another process shares the memory.
+    #[error("process {pid} shares the memory of this one (vfork or clone with CLONE_VM)")]
+    SharedMemory {
+        /// The other process.
+        pid: i32,
+    },
+    /// The process switches stacks by itself.
+    #[error("{image} uses {symbol}: stacks that no thread stands on cannot be checked")]
+    Contexts {
+        /// The image.
+        image: String,
+        /// The function that switches stacks.
+        symbol: String,
+    },
+    /// Code is not what it was built as.
+    #[error("{} {at}: {function}", if *breakpoint { "a breakpoint (int3) stands at" } else { "code was changed by something else at" })]
+    CodeChanged {
+        /// The function.
+        function: String,
+        /// Its address in the process.
+        at: ProcAddr,
+        /// Whether its first byte is `int3`.
+        breakpoint: bool,
+    },
+    /// What follows a short function is in use.
+    #[error("{function} at {at} is too short for the entry jump, and what follows it is no padding")]
+    EntryTooShort {
+        /// The function.
+        function: String,
+        /// Its address in the process.
+        at: ProcAddr,
+    },
+    /// The function branches to where the entry jump goes.
+    #[error("{function}: the instruction at {from} refers to {to}, inside its own entry jump")]
+    BranchIntoEntry {
+        /// The function.
+        function: String,
+        /// The instruction.
+        from: ProcAddr,
+        /// Where it goes.
+        to: ProcAddr,
+    },
+    /// A function holds what is no instruction.
+    #[error("{function}: the bytes at {at} are no x86-64 instruction")]
+    Undecodable {
+        /// The function.
+        function: String,
+        /// Where.
+        at: ProcAddr,
+    },
+    /// No room near the image.
+    #[error("no room for {len_bytes} bytes within 2 GiB of the image")]
+    NoRoom {
+        /// How much was needed.
+        len_bytes: u64,
+    },
+    /// A reference does not reach its target.
+    #[error("a reference at {at} does not reach {to}")]
+    OutOfReach {
+        /// From.
+        at: ProcAddr,
+        /// To.
+        to: ProcAddr,
+    },
+    /// Another patch is applied.
+    #[error("patch {applied} is applied")]
+    OtherPatch {
+        /// Its name.
+        applied: String,
+    },
+    /// The patch to revert is not the newest.
+    #[error("patch {name} is not the newest: {newest} was applied after it")]
+    NotNewest {
+        /// The patch that was asked for.
+        name: String,
+        /// The newest.
+        newest: String,
+    },
+    /// A patch's record or code in the process is damaged.
+    #[error("patch {name} at {at} is not as it was written: {what}")]
+    Damaged {
+        /// The patch.
+        name: String,
+        /// Where.
+        at: ProcAddr,
+        /// What is wrong.
+        what: String,
+    },
+    /// Unwind tables are needed and cannot be registered.
+    #[error("a panic or exception may cross the patch, and the process offers no __register_frame")]
+    NoUnwinder,
+    /// The patch asks for something that this version cannot do.
+    #[error("the patch needs {what}, which this version cannot do from outside")]
+    Unsupported {
+        /// What.
+        what: String,
+    },
+    /// The kernel refuses the memory.
+    #[error("the kernel refuses executable memory in this process: {error}")]
+    NoExecutableMemory {
+        /// Its error.
+        error: String,
+    },
+}
+
+impl Refusal {
+    /// A stable name for programs.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::OtherBuild { .. } => "build-id-mismatch",
+            Self::Swapped { .. } => "swapped-builds",
+            Self::NoBuildId { .. } => "no-build-id",
+            Self::SharedLibrary { .. } => "shared-library",
+            Self::MappedTwice { .. } => "mapped-twice",
+            Self::Static { .. } => "static",
+            Self::OtherArchitecture { .. } => "other-architecture",
+            Self::Seccomp { .. } => "seccomp",
+            Self::ShadowStack => "shadow-stack",
+            Self::SharedMemory { .. } => "shared-memory",
+            Self::Contexts { .. } => "contexts",
+            Self::CodeChanged { breakpoint: true, .. } => "breakpoint",
+            Self::CodeChanged { .. } => "code-changed",
+            Self::EntryTooShort { .. } => "entry-too-short",
+            Self::BranchIntoEntry { .. } => "branch-into-entry",
+            Self::Undecodable { .. } => "undecodable",
+            Self::NoRoom { .. } => "no-room",
+            Self::OutOfReach { .. } => "out-of-reach",
+            Self::OtherPatch { .. } => "other-patch",
+            Self::NotNewest { .. } => "not-newest",
+            Self::Damaged { .. } => "damaged",
+            Self::NoUnwinder => "no-unwinder",
+            Self::Unsupported { .. } => "unsupported",
+            Self::NoExecutableMemory { .. } => "no-executable-memory",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::OtherBuild { .. } => "build the patch from the build that this process runs".into(),
+            Self::Swapped { .. } => "give patch-builder the running build first and the fixed one second".into(),
+            Self::NoBuildId { .. } => "link with -Wl,--build-id".into(),
+            Self::SharedLibrary { .. } => "this version patches the main executable only".into(),
+            Self::MappedTwice { .. } => "this version patches an image that is mapped once".into(),
+            Self::Static { .. } => "this version patches dynamically linked programs only".into(),
+            Self::OtherArchitecture { .. } => "only 64-bit x86 programs can be patched".into(),
+            Self::Seccomp { .. } => "this version does not patch confined processes".into(),
+            Self::ShadowStack => "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off".into(),
+            Self::SharedMemory { .. } => "try again when that process has called exec or ended".into(),
+            Self::Contexts { .. } => {
+                "if none of its suspended contexts can be inside a patched function, --allow contexts".into()
+            }
+            Self::CodeChanged { breakpoint: true, .. } => "remove the breakpoint or probe".into(),
+            Self::CodeChanged { .. } => {
+                "take back what changed it (another patcher, a hook), or restart the process".into()
+            }
+            Self::EntryTooShort { .. } | Self::BranchIntoEntry { .. } | Self::Undecodable { .. } => {
+                "patch its callers instead".into()
+            }
+            Self::NoRoom { .. } | Self::OutOfReach { .. } => "restart the process, or make the patch smaller".into(),
+            Self::OtherPatch { applied } => {
+                format!("revert it first (livepatch revert PID {applied}); patches are cumulative")
+            }
+            Self::NotNewest { newest, .. } => format!("revert {newest} first, or use --all"),
+            Self::Damaged { .. } => "something else wrote there; restart the process".into(),
+            Self::NoUnwinder => "link the program with libgcc_s (the default of gcc and rustc)".into(),
+            Self::Unsupported { .. } => "build the patch without it".into(),
+            Self::NoExecutableMemory { .. } => "relax the policy (SELinux execmem, seccomp) for this process".into(),
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! Borrowing one thread: to make system calls, or to call a function.
+//!
+//! The thread is stopped by PTRACE_INTERRUPT, its registers, signal mask and (for a call) vector state are kept.
+//! It then runs what we set up from one system-call stop to the next. To give it back, it is interrupted again:
+//! only at a stop of that kind does the kernel restart the call that the thread was blocked in (at a stop of a
+//! system call's exit the program would see errno 512). Nothing is written to its stack but by a called
+//! function, and that below the red zone.
+
+use std::time::{Duration, Instant};
+
+use super::sys::{self, RawRegisters};
+use super::tracee::{self, Running, Stop, Stopped, Waited};
+use super::{procfs, PtraceProcess};
+use crate::addr::ProcAddr;
+use crate::insn::{CALL_STUB_SYSCALL, SYSCALL};
+use crate::memory::ReadMemory;
+use crate::process::{Access, FunctionCall, HeldThread, IdleCheck, Process, ProcessError, RemoteCall, Tid};
+
+/// How long one candidate may take to stop.
+const STOP_WITHIN: Duration = Duration::from_millis(20);
+
+/// Bytes below the stack pointer that belong to a function (System V psABI).
+const RED_ZONE: u64 = 128;
+
+/// A borrowed thread.
+struct Borrowed {
+    thread: Stopped,
+    registers: RawRegisters,
+    mask: u64,
+    vector: Option<Vec<u8>>,
+}
+
+/// Calls in which threads wait, and which go on unseen after an interruption.
+fn is_wait(number: i64) -> bool {
+    matches!(
+        number,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_poll
+            | libc::SYS_ppoll
+            | libc::SYS_select
+            | libc::SYS_pselect6
+            | libc::SYS_futex
+            | libc::SYS_nanosleep
+            | libc::SYS_clock_nanosleep
+            | libc::SYS_read
+            | libc::SYS_recvfrom
+            | libc::SYS_recvmsg
+            | libc::SYS_accept
+            | libc::SYS_accept4
+            | libc::SYS_pause
+            | libc::SYS_rt_sigsuspend
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_wait4
+            | libc::SYS_waitid
+    )
+}
+
+impl PtraceProcess {
+    /// Threads that might be borrowed, best first: blocked in a wait and rarely woken; running ones last, if wanted.
+    fn candidates(&self, running_too: bool) -> Result<Vec<Tid>, ProcessError> {
+        let list = procfs::threads(self.pid).map_err(|e| self.os_error("list the threads", e))?;
+        let mut out: Vec<(bool, u64, Tid)> = Vec::new();
+        for tid in list {
+            match procfs::blocked_in(self.pid, tid) {
+                Some(b) if is_wait(b.number) => out.push((false, procfs::run_count(self.pid, tid), tid)),
+                None if running_too => out.push((true, 0, tid)),
+                _ => {}
+            }
+        }
+        out.sort();
+        Ok(out.into_iter().map(|(_, _, tid)| tid).collect())
+    }
+
+    fn borrow_thread(
+        &mut self,
+        what: &'static str,
+        running_too: bool,
+        accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
+        deadline: Instant,
+    ) -> Result<Borrowed, ProcessError> {
+        loop {
+            self.release_lingering();
+            for tid in self.candidates(running_too)? {
+                if self.lingering.iter().any(|r| r.tid() == tid) {
+                    continue;
+                }
+                if let Some(borrowed) = self.try_borrow(tid, accept)? {
+                    return Ok(borrowed);
+                }
+                if Instant::now() >= deadline {
+                    break;
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(ProcessError::NoIdleThread { pid: self.pid, what });
+            }
+            if !self.is_alive() {
+                return Err(ProcessError::Gone(self.pid));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn try_borrow(
+        &mut self,
+        tid: Tid,
+        accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
+    ) -> Result<Option<Borrowed>, ProcessError> {
+        let Some(running) = self.seize(tid)? else { return Ok(None) };
+        let os = |e| ProcessError::from_os(self.pid, "set a timer for", e);
+        let alarm = sys::Alarm::after(STOP_WITHIN).map_err(os)?;
+        let until = Instant::now() + STOP_WITHIN;
+        running.interrupt();
+        let mut running = running;
+        let stopped = loop {
+            match running.wait(until) {
+                Waited::Stopped(s) if s.stop() == Stop::Interrupt => break s,
+                // Stopped by job control: not to be borrowed.
+                Waited::Stopped(s) if s.stop() == Stop::Group => {
+                    s.detach();
+                    return Ok(None);
+                }
+                Waited::Stopped(s) => {
+                    let born = s.born();
+                    running = s.resume();
+                    if let Some(born) = born {
+                        self.release_running(vec![Running::inherited(born)]);
+                    }
+                }
+                Waited::Gone => return Ok(None),
+                Waited::Late(running) => {
+                    self.lingering.push(running);
+                    return Ok(None);
+                }
+            }
+        };
+        drop(alarm);
+        let Ok(mut registers) = stopped.raw_registers() else {
+            stopped.detach();
+            return Ok(None);
+        };
+        tracee::hide_eintr(&stopped, &mut registers);
+        let held = HeldThread { tid, is_main: tid.0 == self.pid.0, registers: tracee::registers(&registers) };
+        let suitable = tracee::restarts(&registers)
+            && registers.cs == 0x33
+            && self.outside_rseq(tid)
+            && procfs::Status::of_thread(self.pid, tid).is_ok_and(|s| s.seccomp == 0)
+            && accept(&held, self);
+        let Some(mask) = suitable.then(|| sys::signal_mask(tid.0).ok()).flatten() else {
+            stopped.detach();
+            return Ok(None);
+        };
+        if sys::set_signal_mask(tid.0, !0).is_err() {
+            stopped.detach();
+            return Ok(None);
+        }
+        Ok(Some(Borrowed { thread: stopped, registers, mask, vector: None }))
+    }
+
+    /// Whether the thread is in no restartable sequence: moving its program counter would abort that.
+    fn outside_rseq(&self, tid: Tid) -> bool {
+        const RSEQ_CS: u64 = 8;
+        match sys::rseq_area(tid.0) {
+            None => true,
+            Some(area) => area.checked_add(RSEQ_CS).is_some_and(|at| self.read_u64(at) == Ok(0)),
+        }
+    }
+
+    /// Lets the borrowed thread run to its next system-call stop.
+    fn to_syscall_stop(&self, thread: Stopped) -> Result<Stopped, ProcessError> {
+        let mut running = thread.resume_to_syscall();
+        loop {
+            // Without an alarm this waits as long as it takes: a thread that is on its way cannot be given up.
+            match running.wait(Instant::now()) {
+                Waited::Stopped(s) if s.stop() == Stop::Syscall => return Ok(s),
+                Waited::Stopped(s) => running = s.resume_to_syscall(),
+                Waited::Gone => return Err(ProcessError::Gone(self.pid)),
+                Waited::Late(r) => running = r,
+            }
+        }
+    }
+
+    /// Gives a thread back as it was.
+    fn give_back(&self, borrowed: Borrowed) -> Result<(), ProcessError> {
+        let Borrowed { thread, registers, mask, vector } = borrowed;
+        let failed = |e| ProcessError::from_os(self.pid, "give back a thread of", e);
+        let tid = thread.tid().0;
+        let mut running = thread.resume();
+        running.interrupt();
+        let thread = loop {
+            match running.wait(Instant::now()) {
+                Waited::Stopped(s) if s.stop() == Stop::Interrupt => break s,
+                Waited::Stopped(s) => running = s.resume(),
+                Waited::Gone => return Err(ProcessError::Gone(self.pid)),
+                Waited::Late(r) => running = r,
+            }
+        };
+        if let Some(vector) = vector {
+            sys::set_vector_state(tid, &vector).map_err(failed)?;
+        }
+        sys::set_signal_mask(tid, mask).map_err(failed)?;
+        sys::set_registers(tid, &registers).map_err(failed)?;
+        thread.detach();
+        Ok(())
+    }
+
+    pub(super) fn remote_calls(&mut self, calls: &[RemoteCall], deadline: Instant) -> Result<(), ProcessError> {
+        let insn = self.syscall_insn()?;
+        let what = "make a system call";
+        let mut borrowed = self.borrow_thread(what, true, &mut |_, _| true, deadline)?;
+        let mut result = Ok(());
+        for call in calls {
+            let (thread, outcome) = self.one_call(borrowed.thread, &borrowed.registers, insn, *call)?;
+            borrowed.thread = thread;
+            if let Err(e) = outcome {
+                result = Err(e);
+                break;
+            }
+            match call {
+                RemoteCall::Map(range) => self.own.push(*range),
+                RemoteCall::Unmap(range) => self.own.retain(|o| o != range),
+                RemoteCall::Protect(..) => {}
+            }
+        }
+        self.give_back(borrowed)?;
+        result
+    }
+
+    fn one_call(
+        &self,
+        thread: Stopped,
+        original: &RawRegisters,
+        insn: ProcAddr,
+        call: RemoteCall,
+    ) -> Result<(Stopped, Result<(), ProcessError>), ProcessError> {
+        let failed = |e| ProcessError::from_os(self.pid, "set registers of", e);
+        let (name, number, args, expected) = arguments(call);
+        let mut regs = *original;
+        regs.rip = insn.0;
+        regs.rax = number as u64;
+        [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
+        regs.orig_rax = u64::MAX;
+        sys::set_registers(thread.tid().0, &regs).map_err(failed)?;
+        let thread = self.to_syscall_stop(thread)?;
+        let thread = self.to_syscall_stop(thread)?;
+        let rax = thread.raw_registers().map_err(failed)?.rax;
+        let outcome = match rax.cast_signed() {
+            e @ -4095..=-1 => {
+                let source = std::io::Error::from_raw_os_error(i32::try_from(-e).unwrap_or(0));
+                Err(ProcessError::Remote { pid: self.pid, call: name, source })
+            }
+            // Kernels before 4.17 take MAP_FIXED_NOREPLACE for a mere wish; the result is then elsewhere.
+            _ if rax != expected => {
+                let source = std::io::Error::from_raw_os_error(libc::EEXIST);
+                Err(ProcessError::Remote { pid: self.pid, call: name, source })
+            }
+            _ => Ok(()),
+        };
+        Ok((thread, outcome))
+    }
+
+    pub(super) fn call_function(
+        &mut self,
+        call: FunctionCall,
+        idle: &mut dyn IdleCheck,
+        deadline: Instant,
+    ) -> Result<(), ProcessError> {
+        let failed = |pid| move |e| ProcessError::from_os(pid, "set registers of", e);
+        let pid = self.pid;
+        let what = "register unwind tables";
+        let mut accept = |t: &HeldThread, m: &dyn ReadMemory| idle.is_idle(t, m);
+        let mut borrowed = self.borrow_thread(what, false, &mut accept, deadline)?;
+        match sys::vector_state(borrowed.thread.tid().0) {
+            Ok(state) => borrowed.vector = Some(state),
+            Err(e) => {
+                self.give_back(borrowed)?;
+                return Err(failed(pid)(e));
+            }
+        }
+        const DIRECTION_FLAG: u64 = 1 << 10;
+        let mut regs = borrowed.registers;
+        regs.rsp = (regs.rsp - RED_ZONE) & !63;
+        regs.rip = call.stub.0;
+        regs.rax = call.function.0;
+        regs.rdi = call.argument;
+        regs.orig_rax = u64::MAX;
+        regs.eflags &= !DIRECTION_FLAG;
+        sys::set_registers(borrowed.thread.tid().0, &regs).map_err(failed(pid))?;
+        let back = call.stub.0 + CALL_STUB_SYSCALL + SYSCALL.len() as u64;
+        // The function's own system calls stop, too; only the stub's tells that it has returned.
+        loop {
+            borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
+            if borrowed.thread.raw_registers().map_err(failed(pid))?.rip == back {
+                break;
+            }
+        }
+        borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
+        self.give_back(borrowed)
+    }
+
+    /// Writes by PTRACE_POKETEXT on a thread borrowed for it.
+    pub(super) fn poke_borrowed(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let borrowed = self.borrow_thread("write memory", true, &mut |_, _| true, deadline)?;
+        let result = self.poke(borrowed.thread.tid(), at, bytes);
+        self.give_back(borrowed)?;
+        result.map_err(|source| ProcessError::Write { pid: self.pid(), at, len_bytes: bytes.len(), source })
+    }
+}
+
+/// Name, number, arguments and the result of success.
+fn arguments(call: RemoteCall) -> (&'static str, i64, [u64; 6], u64) {
+    let (read, write, execute) = (libc::PROT_READ as u64, libc::PROT_WRITE as u64, libc::PROT_EXEC as u64);
+    match call {
+        RemoteCall::Map(r) => {
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+            ("mmap", libc::SYS_mmap, [r.start.0, r.len_bytes(), read | execute, flags, u64::MAX, 0], r.start.0)
+        }
+        RemoteCall::Protect(r, access) => {
+            let access = match access {
+                Access::Read => read,
+                Access::Execute => read | execute,
+                Access::Write => read | write,
+            };
+            ("mprotect", libc::SYS_mprotect, [r.start.0, r.len_bytes(), access, 0, 0, 0], 0)
+        }
+        RemoteCall::Unmap(r) => ("munmap", libc::SYS_munmap, [r.start.0, r.len_bytes(), 0, 0, 0, 0], 0),
+    }
+}

@@ -1,0 +1,317 @@
+//! Holding every thread: sleepers first and the rarely woken first of all, running threads last; let go in
+//! the opposite order. What happens in between costs each thread a few microseconds: stop, registers, top of
+//! the stack, compare.
+
+use std::time::{Duration, Instant};
+
+use super::tracee::{self, Running, Stopped, Waited};
+use super::{procfs, sys, PtraceProcess};
+use crate::addr::{ProcAddr, ProcRange};
+use crate::memory::{ReadMemory, Unreadable};
+use crate::process::{Held, HeldThread, HoldError, HoldLimits, HoldTimes, ProcessError, StackCheck, Tid};
+
+/// Bytes from the top of each stack that are read in one batch; more is read where the stack goes on.
+const FIRST_BYTES: usize = 8 << 10;
+
+/// Threads that are stopped and checked together.
+const CHUNK: usize = 32;
+
+/// A thread before the hold.
+struct Ranked {
+    tid: Tid,
+    running: bool,
+    /// Times it ran since we first looked, and ever.
+    woken: (u64, u64),
+}
+
+struct HeldTracee {
+    thread: Stopped,
+    running: bool,
+    asked: Instant,
+}
+
+/// A process all of whose threads stand still.
+pub struct PtraceHeld<'a> {
+    process: &'a mut PtraceProcess,
+    /// In the order in which they were stopped.
+    stopped: Vec<HeldTracee>,
+    times: HoldTimes,
+    _alarm: sys::Alarm,
+    _priority: sys::Priority,
+}
+
+impl PtraceProcess {
+    /// All threads, the rarely woken first and the running ones last.
+    fn ranked(&self) -> Result<Vec<Ranked>, ProcessError> {
+        let list = procfs::threads(self.pid).map_err(|e| self.os_error("list the threads", e))?;
+        let mut out: Vec<Ranked> = list
+            .into_iter()
+            .map(|tid| {
+                let runs = procfs::run_count(self.pid, tid);
+                let before = self.first_runs.get(&tid).copied().unwrap_or(0);
+                let running = procfs::blocked_in(self.pid, tid).is_none();
+                Ranked { tid, running, woken: (runs.saturating_sub(before), runs) }
+            })
+            .collect();
+        out.sort_by_key(|r| (r.running, r.woken));
+        Ok(out)
+    }
+
+    /// Starts tracing one thread; `None` if it has ended.
+    pub(super) fn seize(&self, tid: Tid) -> Result<Option<Running>, ProcessError> {
+        match Running::seize(tid) {
+            Ok(running) => Ok(Some(running)),
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            Err(e) => match procfs::Status::of_thread(self.pid, tid) {
+                // Born of a traced thread, it is traced already.
+                Ok(s) if s.tracer == std::process::id().cast_signed() => Ok(Some(Running::inherited(tid))),
+                Ok(s) if matches!(s.state, 'Z' | 'X') => Ok(None),
+                Err(_) => Ok(None),
+                Ok(_) => Err(self.os_error("trace", e)),
+            },
+        }
+    }
+
+    /// Lets go of threads that could not be stopped before, if they stand still now.
+    pub(super) fn release_lingering(&mut self) {
+        for running in std::mem::take(&mut self.lingering) {
+            match running.poll() {
+                Waited::Stopped(stopped) => stopped.detach(),
+                Waited::Gone => {}
+                Waited::Late(running) => self.lingering.push(running),
+            }
+        }
+    }
+
+    /// Lets go of threads that are traced but not stopped: that takes a stop.
+    pub(super) fn release_running(&mut self, running: Vec<Running>) {
+        let deadline = Instant::now() + Duration::from_millis(20);
+        let Ok(_alarm) = sys::Alarm::after(Duration::from_millis(20)) else {
+            self.lingering.extend(running);
+            return;
+        };
+        for r in &running {
+            r.interrupt();
+        }
+        for r in running {
+            match r.wait(deadline) {
+                Waited::Stopped(stopped) => {
+                    if let Ok(mut raw) = stopped.raw_registers() {
+                        tracee::hide_eintr(&stopped, &mut raw);
+                    }
+                    stopped.detach();
+                }
+                Waited::Gone => {}
+                Waited::Late(r) => self.lingering.push(r),
+            }
+        }
+    }
+
+    /// Traces all threads, in `order` as far as it knows them, until a listing brings no news.
+    fn seize_all(&mut self, order: Vec<Ranked>) -> Result<Vec<(Running, bool)>, ProcessError> {
+        let mut seized: Vec<(Running, bool)> = Vec::with_capacity(order.len() + 16);
+        let lingering: Vec<Tid> = self.lingering.iter().map(Running::tid).collect();
+        let mut result = Ok(());
+        for r in order.iter().filter(|r| !lingering.contains(&r.tid)) {
+            match self.seize(r.tid) {
+                Ok(Some(running)) => seized.push((running, r.running)),
+                Ok(None) => {}
+                Err(e) => {
+                    result = Err(e);
+                    break;
+                }
+            }
+        }
+        while result.is_ok() {
+            let list = procfs::threads(self.pid).map_err(|e| self.os_error("list the threads", e));
+            let known = seized.len();
+            match list {
+                Ok(list) => {
+                    for tid in list {
+                        if seized.iter().any(|(r, _)| r.tid() == tid) || lingering.contains(&tid) {
+                            continue;
+                        }
+                        match self.seize(tid) {
+                            Ok(Some(running)) => seized.push((running, true)),
+                            Ok(None) => {}
+                            Err(e) => result = Err(e),
+                        }
+                    }
+                }
+                Err(e) => result = Err(e),
+            }
+            if seized.len() == known {
+                break;
+            }
+        }
+        seized.extend(std::mem::take(&mut self.lingering).into_iter().map(|r| (r, false)));
+        if result.is_ok() && !self.is_alive() {
+            result = Err(ProcessError::Gone(self.pid));
+        }
+        if let Err(e) = result {
+            self.release_running(seized.into_iter().map(|(r, _)| r).collect());
+            return Err(e);
+        }
+        Ok(seized)
+    }
+
+    pub(super) fn hold_all(
+        &mut self,
+        limits: HoldLimits,
+        check: &mut dyn StackCheck,
+    ) -> Result<PtraceHeld<'_>, HoldError> {
+        self.release_lingering();
+        let ranked = self.ranked()?;
+        let count = ranked.len();
+        let mut buffers = vec![1u8; FIRST_BYTES * CHUNK];
+        let os = |e| ProcessError::from_os(self.pid, "set a timer for", e);
+        let mut stopped: Vec<HeldTracee> = Vec::with_capacity(count + 16);
+        let alarm = sys::Alarm::after(limits.deadline).map_err(os)?;
+        let mut waiting = self.seize_all(ranked)?;
+        waiting.reverse();
+        let priority = sys::Priority::raise();
+        let deadline = Instant::now() + limits.deadline;
+        let result = self.stop_all(&mut waiting, &mut stopped, deadline, check, &mut buffers);
+        let left: Vec<Running> = waiting.into_iter().map(|(r, _)| r).collect();
+        let times = HoldTimes { threads: stopped.len(), ..HoldTimes::default() };
+        if let Err(e) = result {
+            release(&mut stopped);
+            drop(priority);
+            self.release_running(left);
+            return Err(e);
+        }
+        Ok(PtraceHeld { process: self, stopped, times, _alarm: alarm, _priority: priority })
+    }
+
+    /// Stops and checks all of `waiting`, the last first.
+    fn stop_all(
+        &self,
+        waiting: &mut Vec<(Running, bool)>,
+        stopped: &mut Vec<HeldTracee>,
+        deadline: Instant,
+        check: &mut dyn StackCheck,
+        buffers: &mut [u8],
+    ) -> Result<(), HoldError> {
+        while let Some((_, running)) = waiting.last() {
+            // Sleepers in chunks; the running threads, and whatever was born meanwhile, together.
+            let running = *running;
+            let mut chunk: Vec<(Running, bool, Instant)> = Vec::with_capacity(CHUNK);
+            while chunk.len() < CHUNK && waiting.last().is_some_and(|w| w.1 == running) {
+                let Some((thread, running)) = waiting.pop() else { break };
+                let asked = Instant::now();
+                thread.interrupt();
+                chunk.push((thread, running, asked));
+            }
+            let first = stopped.len();
+            let mut late = None;
+            for (thread, running, asked) in chunk {
+                if late.is_some() {
+                    waiting.push((thread, running));
+                    continue;
+                }
+                match thread.wait(deadline) {
+                    Waited::Stopped(thread) => {
+                        if let Some(born) = thread.born() {
+                            waiting.push((Running::inherited(born), true));
+                        }
+                        stopped.push(HeldTracee { thread, running, asked });
+                    }
+                    Waited::Gone => {}
+                    Waited::Late(thread) => {
+                        late = Some(thread.tid());
+                        waiting.push((thread, running));
+                    }
+                }
+            }
+            if let Some(tid) = late {
+                return Err(HoldError::Deadline(tid));
+            }
+            self.check_chunk(stopped.get(first..).unwrap_or(&[]), check, buffers)?;
+            if Instant::now() >= deadline {
+                let tid = stopped.last().map_or(Tid(self.pid.0), |s| s.thread.tid());
+                return Err(HoldError::Deadline(tid));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_chunk(
+        &self,
+        chunk: &[HeldTracee],
+        check: &mut dyn StackCheck,
+        buffers: &mut [u8],
+    ) -> Result<(), HoldError> {
+        let mut threads: Vec<(HeldThread, Option<ProcRange>)> = Vec::with_capacity(CHUNK);
+        let mut parts: Vec<(ProcAddr, &mut [u8])> = Vec::with_capacity(CHUNK);
+        for (held, buffer) in chunk.iter().zip(buffers.chunks_exact_mut(FIRST_BYTES)) {
+            // Killed while stopped: it executes nothing any more, and its end is reaped with the release.
+            let Ok(mut raw) = held.thread.raw_registers() else { continue };
+            tracee::hide_eintr(&held.thread, &mut raw);
+            let tid = held.thread.tid();
+            let thread = HeldThread { tid, is_main: tid.0 == self.pid.0, registers: tracee::registers(&raw) };
+            let extent = check.extent(&thread);
+            let len = extent.map_or(0, |e| usize::try_from(e.len_bytes()).unwrap_or(0).min(FIRST_BYTES));
+            let (part, _) = buffer.split_at_mut(len);
+            parts.push((extent.map_or(ProcAddr(0), |e| e.start), part));
+            threads.push((thread, extent));
+        }
+        let mut ok = [false; CHUNK];
+        let ok = &mut ok[..parts.len().min(CHUNK)];
+        sys::read_parts(self.pid.0, &mut parts, ok);
+        for (((thread, extent), (_, part)), ok) in threads.iter().zip(&parts).zip(ok) {
+            // An unread stack is an unknown stack.
+            let (extent, part) = if *ok { (*extent, &**part) } else { (None, &[][..]) };
+            if !check.is_clear(thread, extent, part, self) {
+                return Err(HoldError::NotClear(thread.tid));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets threads go, the last stopped first; how long running and sleeping threads were held.
+fn release(stopped: &mut Vec<HeldTracee>) -> (Duration, Duration) {
+    let (mut pause, mut sleepers) = (Duration::ZERO, Duration::ZERO);
+    while let Some(held) = stopped.pop() {
+        held.thread.detach();
+        let longest = if held.running { &mut pause } else { &mut sleepers };
+        *longest = (*longest).max(held.asked.elapsed());
+    }
+    (pause, sleepers)
+}
+
+impl ReadMemory for PtraceHeld<'_> {
+    fn read_exact(&self, at: ProcAddr, buf: &mut [u8]) -> Result<(), Unreadable> {
+        self.process.read_exact(at, buf)
+    }
+
+    fn read_many(&self, parts: &mut [(ProcAddr, &mut [u8])]) -> Vec<bool> {
+        self.process.read_many(parts)
+    }
+}
+
+impl PtraceHeld<'_> {
+    fn release_now(&mut self) {
+        let (pause, sleepers) = release(&mut self.stopped);
+        self.times.pause_ns = self.times.pause_ns.max(u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX));
+        self.times.sleepers_ns = self.times.sleepers_ns.max(u64::try_from(sleepers.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
+
+impl Held for PtraceHeld<'_> {
+    fn write_code(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
+        let stopped = self.stopped.first().map(|s| s.thread.tid());
+        self.process.write_any(at, bytes, stopped)
+    }
+
+    fn release(mut self) -> HoldTimes {
+        self.release_now();
+        self.times
+    }
+}
+
+impl Drop for PtraceHeld<'_> {
+    fn drop(&mut self) {
+        self.release_now();
+    }
+}

@@ -1,0 +1,166 @@
+//! What /proc says about a process and its threads (proc(5)).
+
+use std::fs;
+use std::io;
+
+use crate::process::{Pid, Tid};
+
+/// The fields of /proc/PID/status that matter here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// `State`, the letter.
+    pub state: char,
+    /// `TracerPid`, 0 if none.
+    pub tracer: i32,
+    /// `Seccomp`: 0 none, 1 strict, 2 filter.
+    pub seccomp: u32,
+    /// `x86_Thread_features` holds `shstk`.
+    pub shadow_stack: bool,
+    /// `Name`.
+    pub name: String,
+    /// `PPid`.
+    pub parent: i32,
+}
+
+impl Status {
+    /// Reads the text of a status file; unknown lines are passed over.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        let mut status = Self::default();
+        for line in text.lines() {
+            let Some((key, value)) = line.split_once(':') else { continue };
+            let value = value.trim();
+            match key {
+                "Name" => value.clone_into(&mut status.name),
+                "State" => status.state = value.chars().next().unwrap_or('?'),
+                "TracerPid" => status.tracer = value.parse().unwrap_or(0),
+                "PPid" => status.parent = value.parse().unwrap_or(0),
+                "Seccomp" => status.seccomp = value.parse().unwrap_or(0),
+                "x86_Thread_features" => status.shadow_stack = value.split(' ').any(|f| f == "shstk"),
+                _ => {}
+            }
+        }
+        status
+    }
+
+    /// Of a process.
+    pub fn of(pid: Pid) -> io::Result<Self> {
+        Ok(Self::parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/status"))?)))
+    }
+
+    /// Of a thread.
+    pub fn of_thread(pid: Pid, tid: Tid) -> io::Result<Self> {
+        Ok(Self::parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/task/{tid}/status"))?)))
+    }
+}
+
+/// Start time of a process in clock ticks since boot: together with the PID it names one process for ever.
+pub fn start_time(pid: Pid) -> io::Result<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat"))?;
+    // The name may hold anything, so count from its closing parenthesis: state is field 3, start time 22.
+    let after = stat.iter().rposition(|b| *b == b')').unwrap_or(0);
+    let text = String::from_utf8_lossy(&stat[after..]).into_owned();
+    let field = text.split(' ').nth(20).and_then(|f| f.trim().parse().ok());
+    field.ok_or_else(|| io::Error::other("stat is not as documented"))
+}
+
+/// The name of a thread.
+#[must_use]
+pub fn thread_name(pid: Pid, tid: Tid) -> String {
+    let name = fs::read(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
+    String::from_utf8_lossy(name.trim_ascii_end()).into_owned()
+}
+
+/// The threads of a process.
+pub fn threads(pid: Pid) -> io::Result<Vec<Tid>> {
+    let mut out = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        if let Some(tid) = entry?.file_name().to_str().and_then(|n| n.parse().ok()) {
+            out.push(Tid(tid));
+        }
+    }
+    Ok(out)
+}
+
+/// How often a thread has been put on a CPU (schedstat, field 3); 0 if the kernel does not count.
+pub fn run_count(pid: Pid, tid: Tid) -> u64 {
+    let text = fs::read(format!("/proc/{pid}/task/{tid}/schedstat")).unwrap_or_default();
+    String::from_utf8_lossy(&text).trim().split(' ').nth(2).and_then(|f| f.parse().ok()).unwrap_or(0)
+}
+
+/// The system call that a thread is blocked in, with the stack pointer and the program counter; `None` while it runs.
+pub fn blocked_in(pid: Pid, tid: Tid) -> Option<Blocked> {
+    let text = fs::read(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    Blocked::parse(&String::from_utf8_lossy(&text))
+}
+
+/// A thread blocked in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocked {
+    /// Number of the system call, -1 if it is in the kernel for another reason.
+    pub number: i64,
+    /// Stack pointer.
+    pub sp: u64,
+    /// Program counter.
+    pub pc: u64,
+}
+
+impl Blocked {
+    fn parse(text: &str) -> Option<Self> {
+        let mut fields = text.trim().split(' ');
+        let number = fields.next()?.parse().ok()?;
+        let mut last = fields.rev().map(|f| u64::from_str_radix(f.trim_start_matches("0x"), 16));
+        let pc = last.next()?.ok()?;
+        let sp = last.next()?.ok()?;
+        Some(Self { number, sp, pc })
+    }
+}
+
+/// Every process on this host.
+#[must_use]
+pub fn processes() -> Vec<Pid> {
+    let list = fs::read_dir("/proc").into_iter().flatten().flatten();
+    list.filter_map(|e| e.file_name().to_str()?.parse().ok().map(Pid)).collect()
+}
+
+/// One value of /proc/PID/auxv (getauxval(3)).
+pub fn auxiliary(pid: Pid, kind: u64) -> Option<u64> {
+    let bytes = fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let (words, _) = bytes.as_chunks::<8>();
+    let mut pairs = words.chunks_exact(2).map(|p| (u64::from_le_bytes(p[0]), u64::from_le_bytes(p[1])));
+    pairs.find(|(k, _)| *k == kind).map(|(_, v)| v)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_lines_are_read() {
+        let status = Status::parse(
+            "Name:\ta b\nState:\tS (sleeping)\nPPid:\t7\nTracerPid:\t42\nSeccomp:\t2\nSeccomp_filters:\t1\nx86_Thread_features:\tshstk wrss\n",
+        );
+        let expected = Status { state: 'S', tracer: 42, seccomp: 2, shadow_stack: true, name: "a b".into(), parent: 7 };
+        assert_eq!(status, expected);
+        assert_eq!(Status::parse("x86_Thread_features:\t\n").shadow_stack, false);
+    }
+
+    #[test]
+    fn a_blocked_thread_is_told_from_a_running_one() {
+        assert_eq!(Blocked::parse("running\n"), None);
+        assert_eq!(
+            Blocked::parse("232 0x3 0x7f 0x4 0xffffffff 0x0 0x8 0x7f51409987e0 0x7f5140aa5f36\n"),
+            Some(Blocked { number: 232, sp: 0x7f51_4099_87e0, pc: 0x7f51_40aa_5f36 })
+        );
+        assert_eq!(Blocked::parse("-1 0x7ffe0 0x10\n"), Some(Blocked { number: -1, sp: 0x7ffe0, pc: 0x10 }));
+    }
+
+    #[test]
+    fn our_own_files_are_readable() {
+        let pid = Pid(std::process::id().cast_signed());
+        assert!(start_time(pid).unwrap() > 0);
+        assert!(!threads(pid).unwrap().is_empty());
+        assert!(processes().contains(&pid));
+        assert!(auxiliary(pid, 3).is_some());
+    }
+}

@@ -1,0 +1,520 @@
+//! Apply and revert as typestates: [`Planned`] → [`Staged`] → [`Committed`], and [`Applied`] → [`Reverted`].
+//! Every transition takes `self`; a [`Staged`] that is dropped takes its mapping away again.
+//!
+//! *Invariant:* everything that can fail happens before the first entry byte is written, but for the writes of
+//! the entries themselves; if one of those fails, the ones before it are taken back within the same hold.
+
+use std::time::Instant;
+
+use crate::addr::{LoadBias, ProcAddr, ProcRange};
+use crate::maps::Mapping;
+use crate::memory::ReadMemory;
+use crate::patch::{HexBytes, PatchFile};
+use crate::plan::{self, CodeEdit, Layout, Piece, Refusal};
+use crate::process::{
+    Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
+    StackCheck,
+};
+use crate::registry::{
+    encode, encode_mutable, EntryRecord, Found, FunctionRecord, Mutable, OldRecord, Payload, RangeRecord, State,
+    MUTABLE_AT,
+};
+use crate::stack::{Part, Watched};
+
+mod swap;
+
+pub use swap::SwapError;
+
+/// Why a transition did not happen; the process is as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransactionError {
+    /// A no with its reason.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The process failed.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The threads could not be held, or one was not clear.
+    #[error(transparent)]
+    Hold(#[from] HoldError),
+    /// The entries could not be written.
+    #[error(transparent)]
+    Swap(#[from] SwapError),
+}
+
+/// The image to patch, as the plan needs it.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Where it is relative to where it was linked.
+    pub bias: LoadBias,
+    /// Its bytes.
+    pub range: ProcRange,
+}
+
+/// What to map and to write, before anything has happened.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    layout: Layout,
+    pieces: Vec<Piece>,
+    edits: Vec<CodeEdit>,
+    payload: Payload,
+    /// The record of an earlier apply whose mapping is used again.
+    earlier: Option<Mutable>,
+}
+
+fn range_record(bias: LoadBias, at: crate::addr::ImageAddr, len_bytes: u64) -> Option<RangeRecord> {
+    ProcRange::new(bias.to_process(at)?, len_bytes).map(Into::into)
+}
+
+fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, branches: &[bool]) -> Option<Payload> {
+    let manifest = &patch.manifest;
+    let mut functions = Vec::with_capacity(manifest.functions.len());
+    for (i, f) in manifest.functions.iter().enumerate() {
+        let old = match &f.old {
+            None => None,
+            Some(old) => Some(OldRecord {
+                body: range_record(bias, old.at, old.size)?,
+                branches_to_entry: branches.get(i).copied().unwrap_or(true),
+                companions: old.companions.iter().map(|c| range_record(bias, c.at, c.size)).collect::<Option<_>>()?,
+            }),
+        };
+        functions.push(FunctionRecord {
+            name: f.name.clone(),
+            demangled: f.demangled.clone(),
+            new: ProcRange::new(layout.base.checked_add(f.new_at)?, f.new_size)?.into(),
+            old,
+        });
+    }
+    let eh_frame = match patch.eh_frame {
+        None => None,
+        Some((at, len_bytes)) => Some(ProcRange::new(layout.base.checked_add(at)?, len_bytes)?.into()),
+    };
+    Some(Payload {
+        patch: manifest.name.clone(),
+        digest: HexBytes(patch.digest.to_vec()),
+        build_id: manifest.target.build_id.clone(),
+        base: layout.base,
+        stub: layout.stub,
+        eh_frame,
+        record_bytes: layout.stub.offset_from(layout.region.start)?,
+        entries: Vec::new(),
+        functions,
+    })
+}
+
+fn with_entries(mut payload: Payload, edits: &[CodeEdit]) -> Payload {
+    payload.entries = edits
+        .iter()
+        .map(|e| EntryRecord {
+            function: e.function.clone(),
+            at: e.at,
+            original: HexBytes(e.expected.to_vec()),
+            jump: HexBytes(e.new.to_vec()),
+        })
+        .collect();
+    payload
+}
+
+impl Planned {
+    /// A new mapping near the image. `branches` tells for each function whether its old body branches to its entry.
+    ///
+    /// # Errors
+    ///
+    /// No room, or something does not reach its target.
+    pub fn new(patch: &PatchFile, target: Target, maps: &[Mapping], branches: &[bool]) -> Result<Self, Refusal> {
+        // An address is longest at the top of the address space: so the record can only get shorter.
+        let far = || Refusal::OutOfReach { at: target.range.start, to: target.range.end };
+        let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, patch).ok_or_else(far)?;
+        let entries = patch.manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
+        let dummies: Vec<CodeEdit> = entries
+            .map(|f| CodeEdit { function: f.demangled.clone(), at: dummy.base, expected: [0; 5], new: [0; 5] })
+            .collect();
+        let draft = payload(patch, &dummy, target.bias, branches).ok_or_else(far)?;
+        let draft = with_entries(draft, &dummies);
+        let slack = 64;
+        let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
+        let layout = Layout::near(target.range, maps, record_bytes, patch)?;
+        Self::at(patch, target.bias, layout, branches, None)
+    }
+
+    /// The mapping of an earlier apply of the same patch: its data keep their values.
+    ///
+    /// # Errors
+    ///
+    /// The record does not fit the patch.
+    pub fn again(patch: &PatchFile, bias: LoadBias, found: &Found, branches: &[bool]) -> Result<Self, Refusal> {
+        let layout = Layout::at(found.region.start, found.payload.record_bytes, patch);
+        let planned = layout.map(|l| Self::at(patch, bias, l, branches, Some(found.mutable))).transpose()?;
+        let same = |p: &Self| p.layout.region == found.region && p.payload == found.payload;
+        planned.filter(same).ok_or_else(|| Refusal::Damaged {
+            name: found.payload.patch.clone(),
+            at: found.region.start,
+            what: "its record is not that of this patch file".into(),
+        })
+    }
+
+    fn at(
+        patch: &PatchFile,
+        bias: LoadBias,
+        layout: Layout,
+        branches: &[bool],
+        earlier: Option<Mutable>,
+    ) -> Result<Self, Refusal> {
+        let pieces = plan::pieces(patch, &layout, bias)?;
+        let edits = plan::entry_edits(patch, &layout, bias)?;
+        let far = || Refusal::OutOfReach { at: layout.region.start, to: layout.region.end };
+        let payload = with_entries(payload(patch, &layout, bias, branches).ok_or_else(far)?, &edits);
+        let record_bytes = encode(&payload, &FRESH, u64::MAX).len() as u64;
+        if record_bytes > payload.record_bytes {
+            return Err(Refusal::NoRoom { len_bytes: record_bytes });
+        }
+        Ok(Self { layout, pieces, edits, payload, earlier })
+    }
+
+    /// How many entry jumps it will write.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.edits.len()
+    }
+
+    /// Where it goes.
+    #[must_use]
+    pub fn region(&self) -> ProcRange {
+        self.layout.region
+    }
+
+    /// Maps and writes the patch and its record; the process's threads run on.
+    ///
+    /// # Errors
+    ///
+    /// Something failed; the mapping is taken away again.
+    pub fn stage<P: Process>(self, process: &mut P, deadline: Instant) -> Result<Staged<'_, P>, TransactionError> {
+        let mutable = self.earlier.unwrap_or(FRESH);
+        let fresh = self.earlier.is_none();
+        let mut staged = Staged { process, planned: self, mutable, fresh, mapped: false };
+        if fresh {
+            staged.map(deadline)?;
+        } else {
+            staged.process.adopt(staged.planned.layout.region);
+            staged.check_earlier()?;
+        }
+        // So that no page has to be copied while threads are held.
+        let mut last_page = None;
+        for edit in &staged.planned.edits {
+            for at in [Some(edit.at), edit.at.checked_add(edit.new.len() as u64 - 1)].into_iter().flatten() {
+                let page = at.0 / crate::maps::PAGE;
+                if last_page.replace(page) != Some(page) {
+                    staged.process.make_private(at)?;
+                }
+            }
+        }
+        Ok(staged)
+    }
+}
+
+const FRESH: Mutable =
+    Mutable { state: State::Staged, unwind_registered: false, sequence: 0, applied_at_s: 0, pause_ns: 0 };
+
+/// A patch that lies in the process, with no entry leading to it. Dropped, it takes its mapping away.
+#[must_use = "dropped, it is taken away again"]
+pub struct Staged<'p, P: Process> {
+    process: &'p mut P,
+    planned: Planned,
+    mutable: Mutable,
+    /// Whether this transaction made the mapping.
+    fresh: bool,
+    mapped: bool,
+}
+
+impl<'p, P: Process> Staged<'p, P> {
+    fn map(&mut self, deadline: Instant) -> Result<(), TransactionError> {
+        let layout = self.planned.layout;
+        let record = ProcRange { start: layout.region.start, end: layout.stub };
+        let mut calls = vec![RemoteCall::Map(layout.region), RemoteCall::Protect(record, Access::Read)];
+        let other = self.planned.pieces.iter().filter(|p| p.access != Access::Execute);
+        calls.extend(other.map(|p| RemoteCall::Protect(p.range, p.access)));
+        // Set before: a failure after the first call must still unmap.
+        self.mapped = true;
+        match self.process.remote(&calls, deadline) {
+            Ok(()) => {}
+            Err(ProcessError::Remote { call: "mmap", source, pid }) => {
+                self.mapped = false;
+                return Err(match source.raw_os_error() {
+                    Some(libc::EPERM | libc::EACCES) => {
+                        Refusal::NoExecutableMemory { error: source.to_string() }.into()
+                    }
+                    _ => ProcessError::Remote { call: "mmap", source, pid }.into(),
+                });
+            }
+            Err(ProcessError::Remote { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
+                return Err(Refusal::NoExecutableMemory { error: source.to_string() }.into());
+            }
+            Err(e) => return Err(e.into()),
+        }
+        for piece in &self.planned.pieces {
+            self.process.write_own(piece.range.start, &piece.bytes)?;
+        }
+        let record = encode(&self.planned.payload, &self.mutable, layout.region.len_bytes());
+        self.process.write_own(layout.region.start, &record)?;
+        self.verify(&record, true)
+    }
+
+    /// What was written must be what is there.
+    fn verify(&self, record: &[u8], data_too: bool) -> Result<(), TransactionError> {
+        let start = self.planned.layout.region.start;
+        let fixed = self.planned.pieces.iter().filter(|p| data_too || p.access != Access::Write);
+        let parts = fixed.map(|p| (p.range.start, p.bytes.as_slice())).chain([(start, record)]);
+        for (at, bytes) in parts {
+            let there = self.process.read_vec(at, bytes.len() as u64);
+            if there.as_deref() != Ok(bytes) {
+                let (name, what) = (self.planned.payload.patch.clone(), "its mapping holds other bytes".into());
+                return Err(Refusal::Damaged { name, at, what }.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn check_earlier(&self) -> Result<(), TransactionError> {
+        let region = self.planned.layout.region;
+        let record = encode(&self.planned.payload, &self.mutable, region.len_bytes());
+        self.verify(&record, false)
+    }
+
+    fn write_mutable(&mut self) -> Result<(), ProcessError> {
+        let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
+        self.process.write_own(at, &encode_mutable(&self.mutable))
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut P {
+        self.process
+    }
+
+    /// The patch's record.
+    #[must_use]
+    pub fn payload(&self) -> &Payload {
+        &self.planned.payload
+    }
+
+    /// Whether the patch has unwind tables that the process's unwinder does not know yet.
+    #[must_use]
+    pub fn wants_registration(&self) -> bool {
+        self.planned.payload.eh_frame.is_some() && !self.mutable.unwind_registered
+    }
+
+    /// Lets a thread that `idle` accepts call `function` (`__register_frame`) on the patch's unwind table.
+    ///
+    /// # Errors
+    ///
+    /// No thread could be borrowed before the deadline.
+    pub fn register(
+        &mut self,
+        function: ProcAddr,
+        idle: &mut dyn IdleCheck,
+        deadline: Instant,
+    ) -> Result<(), TransactionError> {
+        let Some(table) = self.planned.payload.eh_frame.filter(|_| !self.mutable.unwind_registered) else {
+            return Ok(());
+        };
+        let call = FunctionCall { stub: self.planned.layout.stub, function, argument: table.start.0 };
+        self.process.call(call, idle, deadline)?;
+        self.mutable.unwind_registered = true;
+        self.write_mutable()?;
+        Ok(())
+    }
+
+    /// The code that no thread may be in when the patch is applied.
+    #[must_use]
+    pub fn watched(&self) -> Vec<Watched> {
+        watch_old(&self.planned.payload)
+    }
+
+    /// Holds, checks, writes the entry jumps and lets go.
+    ///
+    /// # Errors
+    ///
+    /// With the staged patch, to try again: a thread was not clear, or an entry could not be written.
+    pub fn commit(
+        mut self,
+        limits: HoldLimits,
+        check: &mut dyn StackCheck,
+        sequence: u64,
+        applied_at_s: u64,
+    ) -> Result<Committed, (Self, TransactionError)> {
+        let mutable = Mutable { state: State::Applied, sequence, applied_at_s, pause_ns: 0, ..self.mutable };
+        let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
+        let result = hold_and_swap(self.process, limits, check, &self.planned.edits, at, &self.mutable, &mutable);
+        match result {
+            Err(e) => Err((self, e)),
+            Ok(times) => {
+                self.mutable = Mutable { pause_ns: times.pause_ns, ..mutable };
+                // From here on the mapping is in use. Its pause is for people only.
+                let _ = self.write_mutable();
+                self.mapped = false;
+                Ok(Committed { times, entries: self.planned.edits.len() })
+            }
+        }
+    }
+}
+
+impl<P: Process> Drop for Staged<'_, P> {
+    fn drop(&mut self) {
+        // Registered tables must stay where they are: then the mapping waits, staged, for the next attempt.
+        if self.mapped && self.fresh && !self.mutable.unwind_registered {
+            let deadline = Instant::now() + std::time::Duration::from_millis(500);
+            let _ = self.process.remote(&[RemoteCall::Unmap(self.planned.layout.region)], deadline);
+        }
+    }
+}
+
+/// A patch that is applied.
+#[derive(Clone, Copy, Debug)]
+pub struct Committed {
+    /// How long threads were held.
+    pub times: HoldTimes,
+    /// How many entry jumps were written.
+    pub entries: usize,
+}
+
+/// Holds, checks, writes `edits` and the record's new state, and lets go.
+fn hold_and_swap<P: Process>(
+    process: &mut P,
+    limits: HoldLimits,
+    check: &mut dyn StackCheck,
+    edits: &[CodeEdit],
+    mutable_at: ProcAddr,
+    before: &Mutable,
+    after: &Mutable,
+) -> Result<HoldTimes, TransactionError> {
+    let mut held = process.hold(limits, check)?;
+    swap::swap(&mut held, edits)?;
+    if let Err(e) = held.write_code(mutable_at, &encode_mutable(after)) {
+        // Entries and record must not contradict each other: back to where we were.
+        let _ = held.write_code(mutable_at, &encode_mutable(before));
+        swap::undo(&mut held, edits)?;
+        return Err(e.into());
+    }
+    Ok(held.release())
+}
+
+/// An applied patch, about to be reverted.
+pub struct Applied {
+    found: Found,
+    edits: Vec<CodeEdit>,
+}
+
+impl Applied {
+    /// From its record.
+    ///
+    /// # Errors
+    ///
+    /// The record is damaged.
+    pub fn new(found: Found) -> Result<Self, Refusal> {
+        let edit = |e: &EntryRecord| {
+            Some(CodeEdit {
+                function: e.function.clone(),
+                at: e.at,
+                expected: e.jump.0.first_chunk().copied()?,
+                new: e.original.0.first_chunk().copied()?,
+            })
+        };
+        let edits = found.payload.entries.iter().map(edit).collect::<Option<_>>();
+        let damaged = || Refusal::Damaged {
+            name: found.payload.patch.clone(),
+            at: found.region.start,
+            what: "its entries are not those of a patch".into(),
+        };
+        let edits = edits.ok_or_else(damaged)?;
+        Ok(Self { found, edits })
+    }
+
+    /// Its record.
+    #[must_use]
+    pub fn payload(&self) -> &Payload {
+        &self.found.payload
+    }
+
+    /// How many entries it has.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.edits.len()
+    }
+
+    /// The code that no thread may be in when the patch is reverted.
+    #[must_use]
+    pub fn watched(&self) -> Vec<Watched> {
+        watch_new(&self.found.payload)
+    }
+
+    /// Whether every entry still holds the patch's jump.
+    ///
+    /// # Errors
+    ///
+    /// The first one that does not.
+    pub fn check_entries<M: ReadMemory + ?Sized>(&self, memory: &M) -> Result<(), Refusal> {
+        swap::check(memory, &self.edits).map_err(|e| e.refusal(&self.found.payload.patch))
+    }
+
+    /// Holds, checks, writes the original bytes back and lets go. The mapping stays.
+    ///
+    /// # Errors
+    ///
+    /// With the patch, to try again: a thread was not clear, or an entry could not be written.
+    pub fn revert<P: Process>(
+        self,
+        process: &mut P,
+        limits: HoldLimits,
+        check: &mut dyn StackCheck,
+    ) -> Result<Reverted, (Self, TransactionError)> {
+        let after = Mutable { state: State::Reverted, ..self.found.mutable };
+        let at = ProcAddr(self.found.region.start.0 + MUTABLE_AT);
+        match hold_and_swap(process, limits, check, &self.edits, at, &self.found.mutable, &after) {
+            Ok(times) => Ok(Reverted { times, entries: self.edits.len() }),
+            Err(e) => Err((self, e)),
+        }
+    }
+}
+
+/// A patch that was reverted.
+#[derive(Clone, Copy, Debug)]
+pub struct Reverted {
+    /// How long threads were held.
+    pub times: HoldTimes,
+    /// How many entries were written back.
+    pub entries: usize,
+}
+
+fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
+    payload.entries.iter().filter_map(|e| {
+        let start = e.at.checked_add(1)?;
+        let range = ProcRange::new(start, e.original.0.len() as u64 - 1)?;
+        Some(Watched { name: e.function.clone(), range, part: Part::Window })
+    })
+}
+
+/// Old bodies, their companions and all entry windows.
+fn watch_old(payload: &Payload) -> Vec<Watched> {
+    let mut out: Vec<Watched> = windows(payload).collect();
+    for f in &payload.functions {
+        let Some(old) = &f.old else { continue };
+        let part = Part::Body { branches_to_entry: old.branches_to_entry };
+        let ranges = std::iter::once((old.body, part)).chain(old.companions.iter().map(|c| (*c, Part::Companion)));
+        let name = &f.demangled;
+        out.extend(ranges.filter_map(|(r, part)| Some(Watched { name: name.clone(), range: r.range()?, part })));
+    }
+    out
+}
+
+/// New functions, any place of which may be in the middle of a call, and all entry windows.
+fn watch_new(payload: &Payload) -> Vec<Watched> {
+    let part = Part::Body { branches_to_entry: true };
+    let new = payload
+        .functions
+        .iter()
+        .filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part }));
+    new.chain(windows(payload)).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,236 @@
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::addr::ImageAddr;
+use crate::memory::Unreadable;
+use crate::patch::{BuildRef, Entry, Function, Manifest, OldFunction, Segment, SegmentKind, Status};
+use crate::process::fake::FakeProcess;
+use crate::process::{HeldThread, Registers, Tid, RSP};
+use crate::quiesce::{Checker, StackMap};
+use crate::registry;
+use crate::stack::WatchList;
+
+const IMAGE: u64 = 0x5555_5555_0000;
+const STACK: u64 = 0x7fff_0000_0000;
+const BODY: [u8; 8] = [0x48, 0x89, 0xf8, 0x48, 0x01, 0xf0, 0xc3, 0x90];
+
+fn function(i: u64) -> Function {
+    use sha2::Digest;
+    Function {
+        name: format!("f{i}"),
+        demangled: format!("f{i}"),
+        status: Status::Changed,
+        reason: "test".into(),
+        new_at: i * 16,
+        new_size: 8,
+        source: None,
+        old: Some(OldFunction {
+            at: ImageAddr(0x100 + i * 16),
+            size: 7,
+            sha256: HexBytes(sha2::Sha256::digest(&BODY[..7]).to_vec()),
+            branches_to_entry: false,
+            companions: Vec::new(),
+            entry: Some(Entry { at: ImageAddr(0x100 + i * 16), original: HexBytes(BODY[..5].to_vec()), padding: 0 }),
+        }),
+    }
+}
+
+fn patch() -> PatchFile {
+    let build = BuildRef { build_id: HexBytes(vec![1]), file: "f".into() };
+    PatchFile {
+        manifest: Manifest {
+            format: 1,
+            name: "p".into(),
+            builder: "t".into(),
+            target: build.clone(),
+            new: build,
+            functions: (0..3).map(function).collect(),
+            statics: Vec::new(),
+            types: String::new(),
+            may_unwind: false,
+            allowances: Vec::new(),
+            hooks: Vec::new(),
+            states: Vec::new(),
+        },
+        segments: vec![
+            Segment { kind: SegmentKind::Text, at: 0, len_bytes: 48, data: vec![0xc3; 48] },
+            Segment { kind: SegmentKind::Rodata, at: 4096, len_bytes: 8, data: vec![0; 8] },
+            Segment { kind: SegmentKind::Data, at: 8192, len_bytes: 8, data: vec![5; 8] },
+        ],
+        relocs: Vec::new(),
+        eh_frame: Some((4096, 4)),
+        digest: [9; 32],
+    }
+}
+
+fn process() -> FakeProcess {
+    let mut p = FakeProcess::default();
+    let mut code = vec![0xcc; 0x1000];
+    for i in 0..3 {
+        code[0x100 + i * 16..][..8].copy_from_slice(&BODY);
+    }
+    p.insert(ProcAddr(IMAGE), code, Access::Execute);
+    p.insert(ProcAddr(STACK), vec![0; 0x1000], Access::Write);
+    let mut registers = Registers { pc: ProcAddr(0x9999), fs_base: ProcAddr(STACK + 0xf00), ..Registers::default() };
+    registers.general[RSP] = STACK + 0xe00;
+    p.threads.push(HeldThread { tid: Tid(1), is_main: false, registers });
+    p
+}
+
+fn target() -> Target {
+    Target { bias: LoadBias(IMAGE), range: ProcRange::new(ProcAddr(IMAGE), 0x1000).unwrap() }
+}
+
+struct Anyone;
+
+impl IdleCheck for Anyone {
+    fn is_idle(&mut self, _: &HeldThread, _: &dyn ReadMemory) -> bool {
+        true
+    }
+}
+
+const LIMITS: HoldLimits = HoldLimits { deadline: Duration::from_millis(100) };
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(1)
+}
+
+fn apply(p: &mut FakeProcess, planned: Planned) -> Result<Committed, TransactionError> {
+    let stacks = StackMap::new(&p.mappings()?);
+    let mut staged = planned.stage(p, soon())?;
+    staged.register(ProcAddr(0x4444), &mut Anyone, soon())?;
+    let watch = WatchList::new(staged.watched());
+    staged.commit(LIMITS, &mut Checker::new(&watch, &stacks, None), 1, 2).map_err(|(_, e)| e)
+}
+
+fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
+    let found = registry::find(p, &p.mappings()?).map_err(|_| Unreadable { at: ProcAddr(0), len_bytes: 0 });
+    let Some(found) = found.ok().and_then(|mut f| f.pop()) else {
+        return Err(ProcessError::Gone(p.pid()).into());
+    };
+    let applied = Applied::new(found)?;
+    let stacks = StackMap::new(&p.mappings()?);
+    let watch = WatchList::new(applied.watched());
+    let mut checker = Checker::new(&watch, &stacks, None);
+    applied.revert(p, LIMITS, &mut checker).map_err(|(_, e)| e)
+}
+
+fn planned(p: &FakeProcess) -> Planned {
+    let all: Vec<Mapping> = p.mappings().unwrap();
+    Planned::new(&patch(), target(), &all, &[false; 3]).unwrap()
+}
+
+/// How many entries hold a jump.
+fn jumps(p: &FakeProcess) -> usize {
+    let at = |i| ProcAddr(IMAGE + 0x100 + i * 16);
+    let entries = (0..3).map(|i| p.read_vec(at(i), 8).unwrap());
+    let mut count = 0;
+    for bytes in entries {
+        assert!(bytes == BODY || (bytes[0] == 0xe9 && bytes[5..] == BODY[5..]), "torn entry {bytes:x?}");
+        count += usize::from(bytes[0] == 0xe9);
+    }
+    count
+}
+
+fn state(p: &FakeProcess) -> Option<State> {
+    let maps = p.mappings().unwrap();
+    registry::find(p, &maps).unwrap().first().map(|f| f.mutable.state)
+}
+
+#[test]
+fn applied_and_reverted_and_applied_again() {
+    let mut p = process();
+    let plan = planned(&p);
+    let region = plan.region();
+    let done = apply(&mut p, plan).unwrap();
+    assert_eq!((done.entries, jumps(&p), state(&p)), (3, 3, Some(State::Applied)));
+    assert_eq!(p.called.len(), 1);
+    assert_eq!(revert(&mut p).unwrap().entries, 3);
+    assert_eq!((jumps(&p), state(&p)), (0, Some(State::Reverted)));
+    // The patch's data keep their values.
+    let data = ProcAddr(region.end.0 - 4096);
+    p.adopt(region);
+    p.write_own(data, &[6; 8]).unwrap();
+    let found = registry::find(&p, &p.mappings().unwrap()).unwrap().remove(0);
+    let again = Planned::again(&patch(), target().bias, &found, &[false; 3]).unwrap();
+    apply(&mut p, again).unwrap();
+    assert_eq!((jumps(&p), p.called.len(), p.read_vec(data, 8).unwrap()), (3, 1, vec![6; 8]));
+}
+
+#[test]
+fn a_failure_at_any_operation_leaves_all_old() {
+    for torn in [false, true] {
+        for n in 0.. {
+            assert!(n < 200, "the loop must end");
+            let mut p = process();
+            let plan = planned(&p);
+            p.torn_writes = torn;
+            p.fail_at(n);
+            let result = apply(&mut p, plan);
+            let failed = p.has_failed();
+            let mut clean = p;
+            clean.fail_at(u32::MAX);
+            match (&result, state(&clean)) {
+                (Ok(_), Some(State::Applied)) => assert_eq!(jumps(&clean), 3, "operation {n}"),
+                (Err(_), None | Some(State::Staged)) => assert_eq!(jumps(&clean), 0, "operation {n}"),
+                (result, state) => panic!("operation {n}: {result:?} and {state:?}"),
+            }
+            if !failed {
+                assert!(result.is_ok());
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failure_at_any_operation_of_a_revert_leaves_all_new_or_all_old() {
+    for torn in [false, true] {
+        for n in 0.. {
+            assert!(n < 200, "the loop must end");
+            let mut p = process();
+            let plan = planned(&p);
+            apply(&mut p, plan).unwrap();
+            p.torn_writes = torn;
+            p.fail_at(n);
+            let result = revert(&mut p);
+            let failed = p.has_failed();
+            p.fail_at(u32::MAX);
+            match (&result, state(&p)) {
+                (Ok(_), Some(State::Reverted)) => assert_eq!(jumps(&p), 0, "operation {n}"),
+                (Err(_), Some(State::Applied)) => assert_eq!(jumps(&p), 3, "operation {n}"),
+                (result, state) => panic!("operation {n}: {result:?} and {state:?}"),
+            }
+            if !failed {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_thread_inside_stops_both_ways() {
+    let mut p = process();
+    let plan = planned(&p);
+    p.threads[0].registers.pc = ProcAddr(IMAGE + 0x103);
+    assert!(matches!(apply(&mut p, plan), Err(TransactionError::Hold(HoldError::NotClear(Tid(1))))));
+    assert_eq!(jumps(&p), 0);
+    p.threads[0].registers.pc = ProcAddr(0x9999);
+    let found = registry::find(&p, &p.mappings().unwrap()).unwrap();
+    assert_eq!(found.len(), 1, "registered tables keep the mapping");
+    let again = Planned::again(&patch(), target().bias, &found[0], &[false; 3]).unwrap();
+    apply(&mut p, again).unwrap();
+    p.threads[0].registers.pc = found[0].payload.base;
+    assert!(revert(&mut p).is_err(), "the first byte of new code counts");
+    assert_eq!(jumps(&p), 3);
+}
+
+#[test]
+fn changed_entries_are_not_touched() {
+    let mut p = process();
+    let plan = planned(&p);
+    p.adopt(target().range);
+    p.write_own(ProcAddr(IMAGE + 0x110), &[0xcc]).unwrap();
+    let e = apply(&mut p, plan).unwrap_err();
+    assert!(matches!(e, TransactionError::Swap(SwapError::Changed { breakpoint: true, .. })), "{e}");
+}
