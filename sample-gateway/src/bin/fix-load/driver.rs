@@ -231,6 +231,9 @@ impl Driver {
         let now = self.now_ns();
         let client = &mut self.clients[index];
         let Some(stream) = &mut self.streams[index] else { return };
+        if client.wire.out.is_empty() {
+            return;
+        }
         while client.sent_bytes < client.wire.out.len() {
             match stream.write(&client.wire.out[client.sent_bytes..]) {
                 Ok(0) => return self.lost(index),
