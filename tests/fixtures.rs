@@ -215,13 +215,14 @@ fn without_parameters(name: &str) -> &str {
     name
 }
 
-/// `gw[0123456789abcdef]::f` without the crate's disambiguator.
+/// `gw[0123456789abcdef]::f` without the crate's disambiguator, `f[abi:cxx11]` without the tag.
 fn without_crate_hash(name: &str) -> String {
     let mut parts = name.split('[');
     let mut out = parts.next().unwrap_or("").to_owned();
     for part in parts {
         match part.split_once(']') {
             Some((hash, rest)) if hash.len() == 16 && hash.bytes().all(|b| b.is_ascii_hexdigit()) => out += rest,
+            Some((tag, rest)) if tag.starts_with("abi:") => out += rest,
             _ => out = out + "[" + part,
         }
     }

@@ -138,7 +138,7 @@ pub fn write_patch(recipe: &Recipe<'_>, out: &Path) -> PathBuf {
     let mut next = 0u64;
     for (flags, kinds) in [
         (5, &[SectionKind::Text][..]),
-        (4, &[SectionKind::ReadOnlyData, SectionKind::ReadOnlyString, SectionKind::Elf(0x7000_0001)]),
+        (4, &[SectionKind::ReadOnlyData, SectionKind::ReadOnlyString]),
         (6, &[SectionKind::Data, SectionKind::UninitializedData]),
     ] {
         let mut piece = Piece { at: next, data: Vec::new(), len: 0, flags };
@@ -184,7 +184,7 @@ pub fn write_patch(recipe: &Recipe<'_>, out: &Path) -> PathBuf {
                     (true, found.unwrap_or_else(|| panic!("{name} is not in the old build")).address())
                 }
             };
-            relocs.push((base + offset, r_type.into(), image, value, r.addend()));
+            relocs.push((base + offset, r_type.0, image, value, r.addend()));
         }
     }
     let mut functions = Vec::new();

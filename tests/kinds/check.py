@@ -24,11 +24,13 @@ def answer(kind):
         report = json.loads(ran.stdout)
     except ValueError:
         return [f"exit {ran.returncode}, no JSON: {ran.stderr.strip()[:300]}"], ran.returncode, {}
-    if report["refusals"]:
+    if report.get("refusals"):
         got = [f"refused {r['rule']} {plain(r['symbol'])}" for r in report["refusals"]]
     else:
-        got = [f"{f['status']} {plain(f['demangled'])}" for f in report["functions"]]
-    return sorted(got) or ["nothing"], ran.returncode, report
+        got = [f"{f['status']} {plain(f['demangled'])}" for f in report.get("functions", [])]
+    if not got:
+        got = ["nothing"] if ran.returncode == 1 and "differs" in report.get("error", "nothing differs") else [f"error {report.get('error')}"]
+    return sorted(got), ran.returncode, report
 
 
 def short(lines):

@@ -54,7 +54,9 @@ impl Ran {
 
     /// Both streams, for a message; a long report is cut.
     pub fn both(&self) -> String {
-        let cut = |s: &str| s.lines().take(30).map(|l| format!("{}\n", l.chars().take(300).collect::<String>())).collect::<String>();
+        let cut = |s: &str| {
+            s.lines().take(30).map(|l| format!("{}\n", l.chars().take(300).collect::<String>())).collect::<String>()
+        };
         format!("--- stderr\n{}--- stdout\n{}", cut(&self.stderr), cut(&self.stdout))
     }
 
