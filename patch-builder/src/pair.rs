@@ -211,7 +211,7 @@ fn family_functions(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
                 continue;
             }
             let sizes = whole.get(&k).copied().unwrap_or_default();
-            for (f, g) in match_family(old, new, pairing, &olds, &news, sizes.0 == sizes.1) {
+            for (f, g) in match_family(old, new, pairing, &olds, &news, sizes == (1, 1), sizes.0 == sizes.1) {
                 pairing.set_func(f, g);
             }
         }
@@ -224,8 +224,8 @@ fn is_copied(build: &Build<'_>, id: FuncId) -> bool {
     build.rust && (name.starts_with("_R") || name.starts_with("_ZN"))
 }
 
-fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncId], news: &[FuncId], same_size: bool) -> Vec<(FuncId, FuncId)> {
-    let mut comparer = Comparer::new(old, new, pairing, LineProof::Assume);
+fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncId], news: &[FuncId], alone: bool, same_size: bool) -> Vec<(FuncId, FuncId)> {
+    let mut comparer = Comparer::new(old, new, pairing, LineProof::None);
     let mut pairs = Vec::new();
     let mut left = Vec::new();
     let mut taken: HashSet<FuncId> = HashSet::new();
@@ -246,18 +246,21 @@ fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncI
         }
     }
     let free: Vec<FuncId> = news.iter().copied().filter(|g| !taken.contains(g) && pairing.func_olds(*g).is_empty()).collect();
-    if let ([f], [g]) = (&left[..], &free[..]) {
+    // Copies of one name (codegen units hold several, each with other constants propagated into it) are
+    // told apart by who calls them; a name that is alone in both builds needs no more evidence.
+    let meet = |f: FuncId, g: FuncId| {
+        let news = new.callers(g);
+        old.callers(f).iter().any(|h| pairing.func_pair(*h).is_some_and(|i| news.contains(&i)))
+    };
+    if let ([f], [g], true) = (&left[..], &free[..], alone || left.first().zip(free.first()).is_some_and(|(f, g)| meet(*f, *g))) {
         pairs.push((*f, *g));
         return pairs;
     }
-    for f in left {
-        let named: Vec<FuncId> = news.iter().copied().filter(|g| same_name(f, *g)).collect();
-        let copies = is_copied(&old.build, f) && !is_closure(old.build.func(f).name());
-        match &named[..] {
-            [g] if same_size && (free.contains(g) || copies) => pairs.push((f, *g)),
-            // Copies of one function in several codegen units: any of the new ones is its new version.
-            [g, ..] if copies => pairs.push((f, *g)),
-            _ => {}
+    for f in &left {
+        let named: Vec<FuncId> = free.iter().copied().filter(|g| same_name(*f, *g)).collect();
+        let rivals = left.iter().filter(|e| old.build.func(**e).name() == old.build.func(*f).name()).count();
+        if let ([g], 1, true) = (&named[..], rivals, same_size) {
+            pairs.push((*f, *g));
         }
     }
     pairs

@@ -14,6 +14,8 @@ pub struct Side<'d> {
     soft_bounds: Vec<u64>,
     /// The functions that refer to each data symbol.
     users: Vec<Vec<FuncId>>,
+    /// The functions that refer to each function.
+    callers: Vec<Vec<FuncId>>,
 }
 
 const R_PC32: u32 = 2;
@@ -25,9 +27,11 @@ impl<'d> Side<'d> {
         let lifted = lift_all(&build);
         let mut soft_bounds = Vec::new();
         let mut users = vec![Vec::new(); build.objects.len()];
+        let mut callers = vec![Vec::new(); build.funcs.len()];
         for (id, f) in lifted.iter().enumerate() {
             for r in &f.refs {
                 match r.target {
+                    Target::Func(callee, _) => callers[callee as usize].push(id as FuncId),
                     Target::Data(at) => soft_bounds.push(at),
                     Target::Object(object, _) => users[object as usize].push(id as FuncId),
                     _ => {}
@@ -36,14 +40,20 @@ impl<'d> Side<'d> {
         }
         soft_bounds.sort_unstable();
         soft_bounds.dedup();
-        users.iter_mut().for_each(Vec::dedup);
-        Self { build, lifted, soft_bounds, users }
+        users.iter_mut().chain(&mut callers).for_each(Vec::dedup);
+        Self { build, lifted, soft_bounds, users, callers }
     }
 
     /// The functions that refer to a data symbol.
     #[must_use]
     pub fn users(&self, id: ObjId) -> &[FuncId] {
         &self.users[id as usize]
+    }
+
+    /// The functions that refer to a function.
+    #[must_use]
+    pub fn callers(&self, id: FuncId) -> &[FuncId] {
+        &self.callers[id as usize]
     }
 
     /// Whether `addr` lies in data that the program may change.
