@@ -52,10 +52,7 @@ pub struct FeeSchedule {
 impl Default for FeeSchedule {
     fn default() -> Self {
         let tier = |from_notional, maker, taker| FeeTier { from_notional, maker: Rate(maker), taker: Rate(taker) };
-        Self {
-            tiers: vec![tier(0, 100, 250), tier(100_000, 60, 150), tier(1_000_000, 20, 80)],
-            minimum: Money(100),
-        }
+        Self { tiers: vec![tier(0, 100, 250), tier(100_000, 60, 150), tier(1_000_000, 20, 80)], minimum: Money(100) }
     }
 }
 

@@ -1,8 +1,8 @@
 //! From fields to orders, and from executions to fields.
 
 use gateway_interface::{
-    put, put_number, Cancel, ClOrdId, ExecKind, Execution, FieldSource, Liquidity, Money, NewOrder, OrdType, Price, Qty,
-    Refusal, Side, Symbol, TimeInForce,
+    put, put_number, Cancel, ClOrdId, ExecKind, Execution, FieldSource, Liquidity, Money, NewOrder, OrdType, Price,
+    Qty, Refusal, Side, Symbol, TimeInForce,
 };
 
 /// SessionRejectReason (373) values.

@@ -35,7 +35,9 @@ pub enum StartError {
 impl std::fmt::Display for StartError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::CompId(text) => write!(f, "--comp-id {text:?}: 1 to 31 printable characters without blanks are needed"),
+            Self::CompId(text) => {
+                write!(f, "--comp-id {text:?}: 1 to 31 printable characters without blanks are needed")
+            }
             Self::Store(error) => error.fmt(f),
             Self::Io(what, error) => write!(f, "{what}: {error}"),
             Self::JournalFailed => f.write_str("the order journal failed; nothing more was acknowledged"),
@@ -115,8 +117,7 @@ pub fn run(config: Config, business: Box<dyn Business>) -> Result<(), StartError
     let mut threads = Vec::new();
     for (index, (poll, sessions)) in polls.into_iter().zip(homes).enumerate() {
         let own_listener = listener.try_clone().map_err(io("listening socket"))?;
-        let worker =
-            Worker::new(index, poll, own_listener, Arc::clone(&shared), sessions).map_err(io("worker"))?;
+        let worker = Worker::new(index, poll, own_listener, Arc::clone(&shared), sessions).map_err(io("worker"))?;
         threads.push(spawn(&format!("worker-{index}"), move || worker.run())?);
     }
     drop(listener);

@@ -88,7 +88,9 @@ impl Record {
             Self::Resting(r) => {
                 out.push(7);
                 [r.owner.0.into(), r.order_id.0].into_iter().for_each(|n| unsigned(out, n));
-                [r.cum_qty.0, r.cum_notional.0, r.order.qty.0, r.order.price.0].into_iter().for_each(|n| signed(out, n));
+                [r.cum_qty.0, r.cum_notional.0, r.order.qty.0, r.order.price.0]
+                    .into_iter()
+                    .for_each(|n| signed(out, n));
                 out.push(kinds(r.order.side, r.order.ord_type, r.order.time_in_force));
                 name(out, &r.order.cl_ord_id);
                 name(out, &r.order.symbol);
@@ -166,11 +168,7 @@ impl Reader<'_> {
                 body: self.blob()?.to_vec(),
             },
             7 => Record::Resting(self.resting()?),
-            8 => Record::Account {
-                id: self.session()?,
-                traded: Money(self.signed()?),
-                charged: Money(self.signed()?),
-            },
+            8 => Record::Account { id: self.session()?, traded: Money(self.signed()?), charged: Money(self.signed()?) },
             9 => Record::Ids { order: self.unsigned()?, exec: self.unsigned()? },
             10 => Record::Last { symbol: self.name()?, price: Price(self.signed()?) },
             _ => return Err(DecodeError { at: self.at - 1, expected: "record kind" }),

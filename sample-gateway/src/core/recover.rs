@@ -108,13 +108,8 @@ impl Recovered {
                     price: e.price,
                     time_in_force: e.time_in_force,
                 };
-                let resting = Resting {
-                    owner: e.session,
-                    order_id: e.order_id,
-                    order,
-                    cum_qty: Qty(0),
-                    cum_notional: Money(0),
-                };
+                let resting =
+                    Resting { owner: e.session, order_id: e.order_id, order, cum_qty: Qty(0), cum_notional: Money(0) };
                 self.resting.insert(e.order_id, resting);
             }
             ExecKind::New => {}
@@ -178,8 +173,7 @@ impl Recovered {
             let Ok(commission) = written else { continue };
             session.orders.account.charged.0 = account.charged.0.saturating_add(commission.0);
             super::replies::transact_time(execution, &mut body);
-            let mut out =
-                Output { bytes: None, encoder: &mut encoder, us, now_ms, keep_bytes: self.keep_bytes };
+            let mut out = Output { bytes: None, encoder: &mut encoder, us, now_ms, keep_bytes: self.keep_bytes };
             session.send_application(b'8', &body, &mut out);
         }
         rest.len()

@@ -246,9 +246,7 @@ impl Worker {
         let mut body = std::mem::take(&mut self.body);
         body.clear();
         write(&mut body);
-        let sent = self.with_session(slot, |session, out| {
-            (session.id, session.send_application(kind, &body, out))
-        });
+        let sent = self.with_session(slot, |session, out| (session.id, session.send_application(kind, &body, out)));
         if let Some((id, (seq, forgotten))) = sent {
             self.metrics().add(Counter::Forgotten, forgotten as u64);
             Record::Sent { id, seq, at_ms: self.now_ms, msg_type: kind, body: body.clone() }.encode(&mut self.log);

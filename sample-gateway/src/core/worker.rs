@@ -177,7 +177,7 @@ impl Worker {
             self.now_ms = now_ms();
             self.keep_bytes = self.shared.keep_bytes();
             for index in std::mem::take(&mut self.again) {
-                self.readable(index);
+                self.readable(index, true);
             }
             for event in &events {
                 match event.token() {
@@ -189,7 +189,7 @@ impl Worker {
                             self.flush(index);
                         }
                         if event.is_readable() || event.is_error() || event.is_read_closed() {
-                            self.readable(index);
+                            self.readable(index, event.is_read_closed() || event.is_error());
                         }
                     }
                 }
@@ -306,7 +306,8 @@ impl Worker {
         self.connections.get_mut(index)?.as_mut()
     }
 
-    fn readable(&mut self, index: usize) {
+    /// Reads what is there. `to_the_end`: until the socket says that there is no more.
+    fn readable(&mut self, index: usize, to_the_end: bool) {
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut full = 0;
         while let Some(connection) = self.connection(index) {
@@ -318,8 +319,9 @@ impl Worker {
                 }
                 Ok(Some(n)) => {
                     self.input(index, &buffer[..n]);
-                    // A short read has emptied the socket; epoll(7) promises an event for what comes later.
-                    if n < buffer.len() {
+                    // A short read has emptied the socket, and epoll(7) promises an event for what comes later; but an
+                    // end of the stream that had come by then was announced together with the data.
+                    if n < buffer.len() && !to_the_end {
                         break;
                     }
                 }
@@ -562,9 +564,9 @@ impl Worker {
         }
         for index in (part..self.connections.len()).step_by(TICKS_PER_ROUND) {
             let now_ms = self.now_ms;
-            let late = self.connection(index).is_some_and(|c| {
-                c.session.is_none() && now_ms.saturating_sub(c.since_ms) > HANDSHAKE_PATIENCE_MS
-            });
+            let late = self
+                .connection(index)
+                .is_some_and(|c| c.session.is_none() && now_ms.saturating_sub(c.since_ms) > HANDSHAKE_PATIENCE_MS);
             if late {
                 self.close(index);
             }

@@ -89,12 +89,13 @@ fn begins_like_a_message(buffer: &[u8]) -> bool {
 /// Where, after the first byte, the next message may begin.
 fn next_start(buffer: &[u8]) -> usize {
     let found = buffer.windows(6).skip(1).position(|w| w == b"\x018=FIX").map(|at| at + 2);
-    found.unwrap_or_else(|| {
-        // The beginning of a beginning may be cut off by the end of the buffer.
-        let tail = (1..6.min(buffer.len())).rev().find(|&n| b"\x018=FIX".starts_with(&buffer[buffer.len() - n..]));
-        buffer.len() - tail.unwrap_or(0)
-    })
-    .max(1)
+    found
+        .unwrap_or_else(|| {
+            // The beginning of a beginning may be cut off by the end of the buffer.
+            let tail = (1..6.min(buffer.len())).rev().find(|&n| b"\x018=FIX".starts_with(&buffer[buffer.len() - n..]));
+            buffer.len() - tail.unwrap_or(0)
+        })
+        .max(1)
 }
 
 /// A message that was received intact and can't be read.
@@ -154,11 +155,11 @@ impl Parser {
             let end = match data_len.take() {
                 Some(len) if bytes.get(start + len) == Some(&SOH) => start + len,
                 Some(_) => return Err(error(Some(tag), 5, "data length does not fit the data")),
-                None => bytes[start..]
-                    .iter()
-                    .position(|&b| b == SOH)
-                    .map(|n| start + n)
-                    .ok_or(error(Some(tag), 0, "field without delimiter"))?,
+                None => bytes[start..].iter().position(|&b| b == SOH).map(|n| start + n).ok_or(error(
+                    Some(tag),
+                    0,
+                    "field without delimiter",
+                ))?,
             };
             if start == end {
                 return Err(error(Some(tag), 4, "tag specified without a value"));

@@ -63,8 +63,7 @@ mod tests {
     #[test]
     fn what_is_written_can_be_read() {
         let mut out = Vec::new();
-        let header =
-            Header { msg_type: b"0", seq: 7, sender: b"S", target: b"T", at_ms: 5, first_sent_ms: Some(1) };
+        let header = Header { msg_type: b"0", seq: 7, sender: b"S", target: b"T", at_ms: 5, first_sent_ms: Some(1) };
         Encoder::new().write(&mut out, &header, b"112=hello\x01");
         assert_eq!(frame(&out), Frame::Message(out.len()));
         let mut parser = Parser::new();

@@ -27,8 +27,12 @@ pub fn parse_utc_ms(text: &[u8]) -> Option<u64> {
     }
     let (year, month, day) = (number(&text[0..4])?, number(&text[4..6])?, number(&text[6..8])?);
     let (hour, minute, second) = (number(&text[9..11])?, number(&text[12..14])?, number(&text[15..17])?);
-    let in_range =
-        year >= 1970 && (1..=12).contains(&month) && (1..=31).contains(&day) && hour < 24 && minute < 60 && second <= 60;
+    let in_range = year >= 1970
+        && (1..=12).contains(&month)
+        && (1..=31).contains(&day)
+        && hour < 24
+        && minute < 60
+        && second <= 60;
     if !in_range {
         return None;
     }
@@ -95,7 +99,9 @@ mod tests {
 
     #[test]
     fn junk_is_no_time() {
-        for text in ["", "20240101", "20241301-00:00:00", "20240101-24:00:00", "20240101-00:00:00.1", "20240101 00:00:00"] {
+        for text in
+            ["", "20240101", "20241301-00:00:00", "20240101-24:00:00", "20240101-00:00:00.1", "20240101 00:00:00"]
+        {
             assert_eq!(parse_utc_ms(text.as_bytes()), None, "{text}");
         }
     }

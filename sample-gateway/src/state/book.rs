@@ -91,13 +91,8 @@ impl Book {
         at_ms: u64,
         happened: &mut Vec<Execution>,
     ) {
-        let mut taker = Resting {
-            owner,
-            order_id: ids.next_order(),
-            order: *order,
-            cum_qty: Qty(0),
-            cum_notional: Money(0),
-        };
+        let mut taker =
+            Resting { owner, order_id: ids.next_order(), order: *order, cum_qty: Qty(0), cum_notional: Money(0) };
         happened.push(taker.execution(ExecKind::New, ids.next_exec(), at_ms));
         let opposite = match order.side {
             Side::Buy => &mut self.asks,

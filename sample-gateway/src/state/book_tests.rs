@@ -60,11 +60,13 @@ fn what_does_not_cross_rests_and_can_be_cancelled_once() {
 fn the_house_fills_the_rest_of_an_immediate_order() {
     let mut venue = Venue::new();
     venue.submit(1, &order("ask", Side::Sell, 4, 100));
-    let immediate =
-        NewOrder { time_in_force: TimeInForce::ImmediateOrCancel, ..order("buy", Side::Buy, 10, 105) };
+    let immediate = NewOrder { time_in_force: TimeInForce::ImmediateOrCancel, ..order("buy", Side::Buy, 10, 105) };
     let happened = venue.submit(2, &immediate);
-    let mine: Vec<(i64, i64)> =
-        happened.iter().filter(|e| e.session.0 == 2 && e.last_qty.0 > 0).map(|e| (e.last_qty.0, e.last_price.0)).collect();
+    let mine: Vec<(i64, i64)> = happened
+        .iter()
+        .filter(|e| e.session.0 == 2 && e.last_qty.0 > 0)
+        .map(|e| (e.last_qty.0, e.last_price.0))
+        .collect();
     assert_eq!(mine, [(4, 100), (6, 105)]);
     assert_eq!(happened.last().map(|e| (e.cum_qty.0, e.avg_price.0)), Some((10, 103)));
     assert!(venue.0.is_empty());

@@ -185,12 +185,7 @@ fn reports_are_sent_again_and_the_rest_is_filled() {
     let (_, replies) = peer.say("35=2|34=5|7=1|16=0");
     assert_eq!(
         replies,
-        [
-            "35=4|34=1|43=Y|123=Y|36=3",
-            "35=8|34=3|43=Y|58=one",
-            "35=4|34=4|43=Y|123=Y|36=6",
-            "35=8|34=6|43=Y|58=two",
-        ]
+        ["35=4|34=1|43=Y|123=Y|36=3", "35=8|34=3|43=Y|58=one", "35=4|34=4|43=Y|123=Y|36=6", "35=8|34=6|43=Y|58=two",]
     );
     assert_eq!(peer.say("35=2|34=6|7=3|16=3").1, ["35=8|34=3|43=Y|58=one"]);
     assert_eq!(peer.say("35=2|34=7|7=7|16=0").1, Vec::<String>::new(), "nothing newer");

@@ -137,8 +137,9 @@ impl Driver {
                     if event.is_writable() {
                         self.writable(index);
                     }
-                    if event.is_readable() || event.is_error() {
-                        self.readable(index, now);
+                    let ended = event.is_read_closed() || event.is_error();
+                    if event.is_readable() || ended {
+                        self.readable(index, now, ended);
                     }
                 }
             }
@@ -191,7 +192,8 @@ impl Driver {
         let now = self.now_ns();
         let due = self.due_ns(next, start_ns);
         let wait = if due <= now { 1 } else { (due - now).max(QUANTUM_NS) };
-        let value = Timespec { tv_sec: (wait / 1_000_000_000).cast_signed(), tv_nsec: (wait % 1_000_000_000).cast_signed() };
+        let value =
+            Timespec { tv_sec: (wait / 1_000_000_000).cast_signed(), tv_nsec: (wait % 1_000_000_000).cast_signed() };
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
         timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
         Ok(())
@@ -248,7 +250,7 @@ impl Driver {
         client.last_out_ns = now;
     }
 
-    fn readable(&mut self, index: usize, now: u64) {
+    fn readable(&mut self, index: usize, now: u64, ended: bool) {
         loop {
             let Some(stream) = &mut self.streams[index] else { return };
             match stream.read(&mut self.buffer) {
@@ -265,7 +267,7 @@ impl Driver {
                     if !client.wire.out.is_empty() {
                         self.flush(index);
                     }
-                    if n < self.buffer.len() {
+                    if n < self.buffer.len() && !ended {
                         return;
                     }
                 }

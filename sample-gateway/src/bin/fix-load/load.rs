@@ -271,12 +271,10 @@ fn raise_open_files(sessions: u64) -> Result<(), Box<dyn Error>> {
     use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
     let needed = sessions + 64;
     let limit = getrlimit(Resource::Nofile);
-    if limit.current.is_some_and(|n| n < needed) {
-        if setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum: limit.maximum.map(|n| n.max(needed)) })
-            .is_err()
-        {
-            return Err(format!("{needed} open files are needed; raise the hard limit (ulimit -Hn {needed})").into());
-        }
+    if limit.current.is_none_or(|n| n >= needed) {
+        return Ok(());
     }
-    Ok(())
+    let wanted = Rlimit { current: Some(needed), maximum: limit.maximum.map(|n| n.max(needed)) };
+    setrlimit(Resource::Nofile, wanted)
+        .map_err(|_| format!("{needed} open files are needed; raise the hard limit (ulimit -Hn {needed})").into())
 }
