@@ -125,6 +125,11 @@ fn build(options: &Options, output: Option<&Path>, json: bool) -> ExitCode {
         eprintln!("patch-builder: refused: no file was written");
         return ExitCode::from(3);
     }
+    if outcome.report.functions.is_empty() {
+        let drift = if outcome.report.noise.is_empty() { "" } else { "; only lines moved" };
+        eprintln!("patch-builder: nothing differs in any function{drift}; no file was written");
+        return ExitCode::from(1);
+    }
     let (Some(output), Some(bytes)) = (output, outcome.patch) else { return ExitCode::SUCCESS };
     if let Err(e) = write_whole(output, &bytes) {
         eprintln!("patch-builder: {}: {e}", output.display());

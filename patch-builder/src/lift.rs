@@ -7,7 +7,7 @@
 //! explains makes the function unexplained: it may be compared byte by byte,
 //! but never be carried into a patch.
 
-use iced_x86::{Code, ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use rayon::prelude::*;
 
 use crate::build::{Build, FuncId, ObjId, Reloc, SymTarget};
@@ -25,6 +25,8 @@ pub enum Target<'d> {
     Slot(u64),
     /// A thread-local variable, and how far behind its start.
     Tls(u32, i64),
+    /// The start of a section without content, by the section's name.
+    Empty(&'d str),
     /// Data without a name.
     Data(u64),
     /// An address that belongs to nothing known.
@@ -173,9 +175,6 @@ impl<'d> Lifter<'_, 'd> {
         if let OpKind::NearBranch64 = ins.op0_kind() {
             let to = ins.near_branch_target();
             let place = offsets.immediate_offset();
-            if ins.code() == Code::Xbegin_rel32 || ins.code() == Code::Xbegin_rel16 {
-                self.fail("a transaction (xbegin)".into());
-            }
             if (self.start..self.end).contains(&to) {
                 self.out.branch_targets.push((to - self.start) as u32);
             } else if offsets.immediate_size() == 4 || offsets.immediate_size() == 1 {
@@ -356,6 +355,7 @@ pub fn resolve<'d>(build: &Build<'d>, to: u64, reloc: Option<&Reloc>) -> Target<
                 return Target::Object(id, offset);
             }
             SymTarget::Func(id) if offset == 0 => return Target::Func(id, 0),
+            SymTarget::Empty => return Target::Empty(sym.name),
             _ => {}
         }
     }

@@ -32,7 +32,7 @@ pub struct Options {
 pub struct Outcome {
     /// Everything found; refused if it holds refusals.
     pub report: Report,
-    /// The patch; `None` if refused or not asked for.
+    /// The patch; `None` if refused, if nothing differs, or if not asked for.
     pub patch: Option<Vec<u8>>,
 }
 
@@ -42,8 +42,8 @@ pub struct Outcome {
 pub enum Error {
     /// A file that is no build.
     Input(PathBuf, BuildError),
-    /// The two are the same build, or no function differs.
-    NothingDiffers(String),
+    /// The two are the same build.
+    SameBuild,
     /// A defect of patch-builder that its own check found.
     Verify(crate::verify::VerifyError),
 }
@@ -52,7 +52,7 @@ impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Input(path, e) => write!(f, "{}: {e}", path.display()),
-            Self::NothingDiffers(why) => f.write_str(why),
+            Self::SameBuild => f.write_str("nothing differs: both files are the same build"),
             Self::Verify(e) => write!(f, "{e}; no file was written"),
         }
     }
@@ -114,19 +114,15 @@ pub fn run(options: &Options) -> Result<Outcome, Error> {
     let (old, new) = rayon::join(|| read(&options.old, &old_bytes[..]), || read(&options.new, &new_bytes[..]));
     let (old, new) = (old?, new?);
     if old.build.build_id == new.build.build_id {
-        return Err(Error::NothingDiffers("nothing differs: both files are the same build".into()));
+        return Err(Error::SameBuild);
     }
     let pairing = pair(&old, &new);
     let found = diff(&old, &new, (&old_bytes, &new_bytes), &pairing, DiffOptions { strict_locations: options.strict_locations });
     let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
     let selection = select(&old, &new, &pairing, &found);
     refusals.extend(selection.refusals.iter().cloned());
-    if found.changed.is_empty() && refusals.is_empty() {
-        let drift = if found.noise.is_empty() { "" } else { "; only lines moved" };
-        return Err(Error::NothingDiffers(format!("nothing differs in any function{drift}; no file was written")));
-    }
     let mut emitted = None;
-    if refusals.is_empty() {
+    if refusals.is_empty() && !selection.functions.is_empty() {
         match emit(&old, &new, &found, &selection, &options.name) {
             Ok(e) => {
                 verify(&e.bytes, &e.manifest, &old).map_err(Error::Verify)?;
@@ -161,6 +157,7 @@ fn report(
         let base = FunctionInfo {
             name: func.name().to_owned(),
             demangled: demangle(func.name()),
+            aliases: func.names.iter().skip(1).map(|n| demangle(n.text)).collect(),
             status: "new",
             reason: c.reason.clone(),
             old_addr: None,
@@ -184,6 +181,7 @@ fn report(
             functions.push(FunctionInfo {
                 name: of.name().to_owned(),
                 demangled: demangle(of.name()),
+                aliases: of.names.iter().skip(1).map(|n| demangle(n.text)).collect(),
                 status: "changed",
                 old_addr: Some(format!("{:#x}", of.addr)),
                 old_size: Some(of.size),

@@ -20,6 +20,8 @@ pub struct FunctionInfo {
     pub name: String,
     /// The same, readable.
     pub demangled: String,
+    /// Its other symbols at the same address.
+    pub aliases: Vec<String>,
     /// `changed` or `new`.
     pub status: &'static str,
     /// Why it is in the patch.

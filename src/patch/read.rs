@@ -231,7 +231,10 @@ fn segments(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<Segment>, PatchError> {
                 ph.p_vaddr
             )));
         }
-        let data = slice(bytes, ph.p_offset, ph.p_filesz, "a segment")?.to_vec();
+        let data = match ph.p_filesz {
+            0 => Vec::new(),
+            len => slice(bytes, ph.p_offset, len, "a segment")?.to_vec(),
+        };
         segments.push(Segment { kind, at: ph.p_vaddr, len_bytes: ph.p_memsz, data });
     }
     if segments.is_empty() {

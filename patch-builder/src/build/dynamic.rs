@@ -97,21 +97,42 @@ fn word_at(sections: &[Section<'_>], at: u64) -> Option<u64> {
     Some(u64::from_le_bytes(s.data.get(from..from + 8)?.try_into().ok()?))
 }
 
-/// Every stub: an indirect jump through a slot that the dynamic linker fills
-/// with an import, perhaps after `endbr64`.
+/// Every stub of an import.
 pub fn plt_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel<'d>>) -> HashMap<u64, &'d str> {
-    let mut out = HashMap::new();
-    for s in sections.iter().filter(|s| s.exec && s.name.starts_with(".plt")) {
+    let import = |kind| match kind {
+        DynKind::Import(name, _) => Some(name),
+        _ => None,
+    };
+    stubs(sections, relocs, import).into_iter().collect()
+}
+
+/// Every stub of a function of this image that a resolver chooses: address of the stub, address of the resolver.
+pub fn resolver_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel<'d>>) -> Vec<(u64, u64)> {
+    let resolver = |kind| match kind {
+        DynKind::Ifunc(at) | DynKind::Own(at, 0) => Some(at),
+        _ => None,
+    };
+    stubs(sections, relocs, resolver)
+}
+
+/// A stub is an indirect jump through a slot that the dynamic linker fills, perhaps after `endbr64`.
+fn stubs<'d, T: Copy>(
+    sections: &[Section<'d>],
+    relocs: &HashMap<u64, DynRel<'d>>,
+    wanted: impl Fn(DynKind<'d>) -> Option<T>,
+) -> Vec<(u64, T)> {
+    let mut out = Vec::new();
+    for s in sections.iter().filter(|s| s.exec && (s.name.starts_with(".plt") || s.name.starts_with(".iplt"))) {
         let mut decoder = Decoder::with_ip(64, s.data, s.addr, DecoderOptions::NONE);
         let mut previous = None;
         while decoder.can_decode() {
             let ins = decoder.decode();
             let jump = ins.flow_control() == FlowControl::IndirectBranch && ins.op0_kind() == OpKind::Memory;
             if jump && ins.is_ip_rel_memory_operand() {
-                if let Some(DynRel { kind: DynKind::Import(name, _) }) = relocs.get(&ins.ip_rel_memory_address()) {
-                    out.insert(ins.ip(), *name);
+                if let Some(what) = relocs.get(&ins.ip_rel_memory_address()).and_then(|r| wanted(r.kind)) {
+                    out.push((ins.ip(), what));
                     if let Some((ip, iced_x86::Mnemonic::Endbr64)) = previous {
-                        out.insert(ip, *name);
+                        out.push((ip, what));
                     }
                 }
             }

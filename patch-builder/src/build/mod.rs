@@ -138,7 +138,18 @@ impl<'d> Build<'d> {
             names: Names::default(),
         };
         build.add_pointer_bounds();
+        build.name_resolver_stubs();
         Ok(build)
+    }
+
+    /// Stubs of functions that are chosen at start-up go by the name of their resolver.
+    fn name_resolver_stubs(&mut self) {
+        for (at, resolver) in dynamic::resolver_stubs(&self.sections, &self.dynamic) {
+            if let Some(f) = self.func_at(resolver).map(|id| self.func(id)).filter(|f| f.addr == resolver) {
+                let name = f.name();
+                self.plt.insert(at, name);
+            }
+        }
     }
 
     /// Data that some pointer in data refers to begins there.

@@ -84,6 +84,8 @@ pub enum SymTarget {
     Object(ObjId),
     /// A thread-local variable.
     Tls(u32),
+    /// The start of a section without content.
+    Empty,
     /// Defined elsewhere.
     Undefined,
 }
@@ -140,6 +142,12 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
         if shndx == elf::SHN_UNDEF {
             rel_syms[index].target = SymTarget::Undefined;
             continue;
+        }
+        if kind == elf::STT_SECTION.0 {
+            let section = shndx.index().and_then(|i| raw.sections.get(usize::from(i)));
+            if let Some(section) = section.filter(|s| s.alloc && s.size == 0) {
+                rel_syms[index] = RelSym { value, target: SymTarget::Empty, name: section.name };
+            }
         }
         if kind == elf::STT_SECTION.0 || name.is_empty() || shndx == elf::SHN_ABS {
             continue;

@@ -5,6 +5,9 @@ use crate::build::DynKind;
 use crate::lift::{resolve, Access, Target};
 use crate::side::Side;
 
+/// Data longer than this is not compared byte by byte: different.
+const MAX_COMPARED: u64 = 1 << 30;
+
 const R_64: u32 = 1;
 const R_PC32: u32 = 2;
 const R_32: u32 = 10;
@@ -69,11 +72,15 @@ impl<'d> Comparer<'_, 'd> {
             Some(len) => (len, len),
             None => (old.extent_end(a).saturating_sub(a), new.extent_end(b).saturating_sub(b)),
         };
+        // An object ends at the latest where the next one is known to begin, in either build.
         let common = len_a.min(len_b);
-        if !(is_padding(old, a, common, len_a) && is_padding(new, b, common, len_b)) {
+        let (zero_a, zero_b) = (old.build.is_zero_fill(a), new.build.is_zero_fill(b));
+        if zero_a && zero_b {
+            return true;
+        }
+        if common > MAX_COMPARED {
             return false;
         }
-        let (zero_a, zero_b) = (old.build.is_zero_fill(a), new.build.is_zero_fill(b));
         let zeros = vec![0; if zero_a || zero_b { common as usize } else { 0 }];
         let bytes_of = |side: &Side<'d>, at, zero: bool| if zero { Some(None) } else { side.build.bytes(at, common).map(Some) };
         let (Some(x), Some(y)) = (bytes_of(old, a, zero_a), bytes_of(new, b, zero_b)) else { return false };
@@ -85,7 +92,13 @@ impl<'d> Comparer<'_, 'd> {
             let step = match (p, q) {
                 (Place::Bytes, Place::Bytes) => {
                     if x[i] != y[i] {
-                        return self.location_drift(a, b, offset, x, y);
+                        return match shifted_tails(x, y, i).filter(|_| len.is_none()) {
+                            Some((p, q)) => {
+                                let rest = (common - p).min(common - q);
+                                self.data(a + p, b + q, Some(rest))
+                            }
+                            None => self.location_drift(a, b, offset, x, y),
+                        };
                     }
                     1
                 }
@@ -117,6 +130,20 @@ impl<'d> Comparer<'_, 'd> {
             _ => false,
         }
     }
+}
+
+/// Text whose end is padded to different lengths: where what follows begins in each, if all before is text
+/// and the bytes from the difference on are padding in one of the two.
+fn shifted_tails(x: &[u8], y: &[u8], at: usize) -> Option<(u64, u64)> {
+    let text = x[..at].iter().position(|b| *b == 0).unwrap_or(at);
+    let is_text = text >= 4 && x[..text].iter().all(|b| (0x20..0x7f).contains(b) || *b == b'\n' || *b == b'\t');
+    if !is_text || x[text..at].iter().any(|b| *b != 0) || x[at] != 0 && y[at] != 0 {
+        return None;
+    }
+    let next = |v: &[u8]| v[at..].iter().position(|b| *b != 0).map(|n| (at + n) as u64);
+    let (p, q) = (next(x)?, next(y)?);
+    let limit = text as u64 + 16;
+    (p <= limit && q <= limit).then_some((p, q))
 }
 
 /// What a slot of the global offset table holds at run time.

@@ -104,7 +104,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
             (Target::Func(f, x), Target::Func(g, y)) => {
                 x == y && (self.context == Some((f, g)) || self.func_refs(f, g) && self.func_bodies(f, g))
             }
-            (Target::Plt(x), Target::Plt(y)) => x == y,
+            (Target::Plt(x), Target::Plt(y)) | (Target::Empty(x), Target::Empty(y)) => x == y,
             (Target::Slot(s), Target::Slot(t)) => self.slots(s, t),
             (Target::Tls(s, x), Target::Tls(t, y)) => x == y && self.pairing.tls_pair(s) == Some(t),
             (Target::Object(o, x), Target::Object(p, y)) => x == y && self.object_refs(o, p, x, access),
@@ -277,14 +277,21 @@ pub fn describe(side: &Side<'_>, target: Target<'_>) -> String {
         Target::Func(id, off) => format!("{}+{off:#x}", crate::build::demangle(side.build.func(id).name())),
         Target::Object(id, 0) => crate::build::demangle(side.build.object(id).name()),
         Target::Object(id, off) => format!("{}{off:+#x}", crate::build::demangle(side.build.object(id).name())),
-        Target::Plt(name) => name.to_owned(),
+        Target::Plt(name) | Target::Empty(name) => name.to_owned(),
         Target::Tls(id, _) => crate::build::demangle(side.build.tls[id as usize].name()),
         Target::Slot(at) => match side.build.dynamic.get(&at).map(|d| d.kind) {
             Some(crate::build::DynKind::Import(name, _)) => name.to_owned(),
             Some(crate::build::DynKind::Relative(to)) => describe(side, crate::lift::resolve(&side.build, to, None)),
             _ => "a slot of the global offset table".into(),
         },
-        Target::Data(_) => "unnamed data".into(),
+        Target::Data(at) => {
+            let len = side.extent_end(at).saturating_sub(at);
+            let text = side.build.bytes(at, len.min(48)).map(|b| b.split(|c| *c == 0).next().unwrap_or(b));
+            match text.filter(|t| t.len() > 2 && t.iter().all(|c| (0x20..0x7f).contains(c))) {
+                Some(t) => format!("{:?}", String::from_utf8_lossy(t)),
+                None => "unnamed data".into(),
+            }
+        }
         Target::Unknown(at) => format!("the address {at:#x}"),
     }
 }

@@ -44,7 +44,7 @@ impl<'d> Selector<'_, 'd> {
             Target::Slot(at) => self.bind_slot(at),
             Target::Data(at) => self.bind_data(at, access),
             Target::Unknown(0) => Some(Bound::Null),
-            Target::Tls(..) | Target::Unknown(_) => {
+            Target::Tls(..) | Target::Unknown(_) | Target::Empty(_) => {
                 let what = crate::compare::describe(self.new, target);
                 let message = format!("{} refers to {what}, of which nothing is known", self.current);
                 let name = self.current.clone();
