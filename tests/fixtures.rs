@@ -185,6 +185,7 @@ fn check_functions(f: &Fixture, report: &Value) -> Result<(), String> {
 }
 
 /// Whether a function goes by this name: its last parts, without return type, parameters, hash, clone suffixes and spaces.
+/// `a|b` is either.
 fn is_named(function: &Value, want: &str) -> bool {
     let mut name = text(function, "demangled");
     for suffix in [" [clone", ".cold", ".part.", ".constprop.", ".isra.", ".lto_priv.", ".llvm."] {
@@ -192,7 +193,7 @@ fn is_named(function: &Value, want: &str) -> bool {
     }
     let name = without_crate_hash(without_parameters(name));
     let name = without_return_type(&name).replace(' ', "");
-    name == want || name.strip_suffix(want).is_some_and(|before| before.ends_with("::"))
+    want.split('|').any(|want| name == want || name.strip_suffix(want).is_some_and(|before| before.ends_with("::")))
 }
 
 /// `f(int, long) const` without its parameters.
@@ -278,7 +279,7 @@ fn check_live(f: &Fixture, old: &Path, fix: &Path) -> Result<(), String> {
         let args = if step == "apply" { vec!["apply", &pid, fix, "--json"] } else { vec!["revert", &pid, "--json"] };
         let ran = livepatch(&args);
         let report = ran.expect_no_crash().and_then(|r| r.expect_code(0)).and_then(|r| r.json())?;
-        if report["pause_us"].as_f64().is_none() || report["functions"].as_u64().is_none_or(|n| n == 0) {
+        if report["pause_us"].as_f64().is_none() || list(&report, "functions").is_empty() {
             return Err(format!("{step}: no pause_us or functions in {report}"));
         }
         for _ in 0..2 {
