@@ -68,7 +68,8 @@ fn function_at(program: &Program, path: &Path, symbol: &str) -> (u64, usize) {
     let mut parts = line.split_whitespace().map(|x| u64::from_str_radix(x, 16));
     let (at, size) = (parts.next().expect("an address").expect("hex"), parts.next().expect("a size").expect("hex"));
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", program.pid())).expect("maps");
-    let base = maps.lines().find(|l| l.ends_with(s(path))).and_then(|l| l.split('-').next()).expect("a mapping");
+    let real = path.canonicalize().expect("a path");
+    let base = maps.lines().find(|l| l.ends_with(s(&real))).and_then(|l| l.split('-').next()).expect("a mapping");
     (u64::from_str_radix(base, 16).expect("hex") + at, size as usize)
 }
 
@@ -123,14 +124,14 @@ fn truncated() -> Outcome {
 fn another_architecture() -> Outcome {
     let ([old, new], fix) = fee();
     let arm = |b: &mut Vec<u8>| b[18..20].copy_from_slice(&183u16.to_le_bytes());
-    for (of, name, change) in [
-        (&old, "arm", &arm as &dyn Fn(&mut Vec<u8>)),
-        (&old, "class32", &|b: &mut Vec<u8>| b[4] = 1),
-        (&old, "big-endian", &|b: &mut Vec<u8>| b[5] = 2),
+    for (name, change, says) in [
+        ("arm", &arm as &dyn Fn(&mut Vec<u8>), "x86-64"),
+        ("class32", &|b: &mut Vec<u8>| b[4] = 1, "64-bit"),
+        ("big-endian", &|b: &mut Vec<u8>| b[5] = 2, "ELF"),
     ] {
-        let other = changed_copy(of, name, change);
-        diff(&other, &new).expect_no_crash()?.expect_code(1)?.expect_says(&[name, "x86-64"])?;
-        diff(&old, &other).expect_no_crash()?.expect_code(1)?.expect_says(&[name, "x86-64"])?;
+        let other = changed_copy(&old, name, change);
+        diff(&other, &new).expect_no_crash()?.expect_code(1)?.expect_says(&[name, says])?;
+        diff(&old, &other).expect_no_crash()?.expect_code(1)?.expect_says(&[name, says])?;
     }
     let patch = changed_copy(&fix, "arm.so", arm);
     leaves_untouched(&old, "apply", &patch, |r, _| r.expect_code(1)?.expect_says(&["x86-64"]).map(drop))
@@ -174,11 +175,10 @@ fn swapped_old_and_new() -> Outcome {
     let ([old, new], _) = fee();
     let fix = old.with_file_name("swapped.so");
     build_patch(&new, &old, &fix).expect_code(0)?;
-    let (had, wanted) = (build_id(&old), build_id(&new));
-    leaves_untouched(&old, "apply", &fix, |r, _| {
-        r.expect_code(3)?.expect_says(&[&had[..12], &wanted[..12]]).map(drop)
-    })?;
-    leaves_untouched(&old, "check", &fix, |r, _| r.expect_code(3)?.expect_says(&[&had[..12], &wanted[..12]]).map(drop))
+    let had = build_id(&old);
+    let named = |r: &Ran, _: &Program| r.expect_code(3)?.expect_says(&[&had[..12], "swapped"]).map(drop);
+    leaves_untouched(&old, "apply", &fix, named)?;
+    leaves_untouched(&old, "check", &fix, named)
 }
 
 #[test]
@@ -187,8 +187,9 @@ fn a_patch_for_another_build() -> Outcome {
     let (_, [other_old, other_new]) = pair("c-float-constant");
     let fix = old.with_file_name("other.so");
     build_patch(&other_old, &other_new, &fix).expect_code(0)?;
-    let wanted = build_id(&other_old);
-    leaves_untouched(&old, "apply", &fix, |r, _| r.expect_code(3)?.expect_says(&["build-id", &wanted[..12]]).map(drop))
+    let (had, wanted) = (build_id(&old), build_id(&other_old));
+    let named = |r: &Ran, _: &Program| r.expect_code(3)?.expect_says(&["build", &had[..12], &wanted[..12]]).map(drop);
+    leaves_untouched(&old, "apply", &fix, named)
 }
 
 #[test]

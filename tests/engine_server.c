@@ -133,7 +133,13 @@ ucontext_t here, there;
 void use_contexts(void) { swapcontext(&here, &there); }
 #endif
 
-static int sharer(void *arg) { (void)arg; for (;;) pause(); }
+static int sharer(void *arg)
+{
+	(void)arg;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	for (;;)
+		pause();
+}
 
 int main(int argc, char **argv)
 {

@@ -23,13 +23,19 @@ pub fn handle(line: &str, session: &mut Session, market: &mut Market, audit: &Au
         Ok(request) => request,
         Err(e) => return json!({"error": e.to_string()}),
     };
-    match catch_unwind(AssertUnwindSafe(|| dispatch(&request, session, market, audit))) {
-        Ok(answer) => answer,
-        Err(_) => {
+    match guarded(|| dispatch(&request, session, market, audit)) {
+        Some(answer) => answer,
+        None => {
             session.failures += 1;
             json!({"error": "internal"})
         }
     }
+}
+
+/// The answer of a handler, or none if it panics.
+#[inline(never)]
+fn guarded(handler: impl FnOnce() -> Value) -> Option<Value> {
+    catch_unwind(AssertUnwindSafe(handler)).ok()
 }
 
 #[inline(never)]
