@@ -24,6 +24,8 @@ const LOWEST: u64 = 1 << 20;
 
 /// First address that user space does not have.
 const HIGHEST: u64 = 0x7fff_ffff_f000;
+/// Where 32-bit absolute addresses end that may be sign-extended or zero-extended.
+const SHORT_LIMIT: u64 = 1 << 31;
 
 /// Part of the new mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,9 +81,11 @@ impl Layout {
     pub fn near(image: ProcRange, maps: &[Mapping], record_bytes: u64, patch: &PatchFile) -> Result<Self, Refusal> {
         let len_bytes = Self::at(ProcAddr(0), record_bytes, patch).map_or(u64::MAX, |l| l.region.len_bytes());
         let no_room = || Refusal::NoRoom { len_bytes };
+        let short = patch.relocs.iter().any(|r| r.kind == RelocKind::Abs32);
+        let highest = if short { SHORT_LIMIT } else { HIGHEST };
         let window = ProcRange {
             start: ProcAddr(image.end.0.saturating_sub(REACH).max(LOWEST)),
-            end: ProcAddr(image.start.0.saturating_add(REACH).min(HIGHEST)),
+            end: ProcAddr(image.start.0.saturating_add(REACH).min(highest)),
         };
         let wanted = len_bytes.checked_add(2 * GAP).ok_or_else(no_room)?;
         let mut best: Option<u64> = None;
@@ -144,6 +148,7 @@ fn relocate(kind: RelocKind, symbol: ProcAddr, addend: i64, place: ProcAddr) -> 
     let sum = i128::from(symbol.0) + i128::from(addend);
     match kind {
         RelocKind::Abs64 => Some(u64::try_from(sum).ok()?.to_le_bytes()),
+        RelocKind::Abs32 => Some(u64::from(u32::try_from(sum).ok().filter(|v| *v < 1 << 31)?).to_le_bytes()),
         RelocKind::Pc32 => {
             let value = i32::try_from(sum - i128::from(place.0)).ok()?;
             Some(i64::from(value).to_le_bytes())

@@ -261,7 +261,7 @@ mod tests {
     fn a_thread_is_clear_only_without_a_hit() {
         let (watch, stacks) = (watch(), stacks());
         let mut memory = Flat(0x7000, vec![0; 0x2000]);
-        let mut clear = |t: &HeldThread, memory: &Flat, first: usize| {
+        let clear = |t: &HeldThread, memory: &Flat, first: usize| {
             let mut checker = Checker::new(&watch, &stacks, None);
             let extent = checker.extent(t);
             let bytes = extent.map(|e| memory.read_vec(e.start, e.len_bytes()).unwrap()).unwrap_or_default();

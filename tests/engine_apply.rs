@@ -211,20 +211,30 @@ fn processes_that_cannot_be_patched_are_told_apart() {
     std::thread::sleep(std::time::Duration::from_millis(50));
     let out = livepatch(&["apply", &pid, fix, "--timeout", "300ms"]);
     assert_eq!(out.code, 4, "{}", out.stderr);
-    let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    assert!(state.contains(") T "), "{state}");
+    assert_stopped(&pid);
     signal(&pid, "CONT");
     assert_eq!(stopped.ask("answer 1"), "1002");
     run(&["apply", &pid, fix], 0);
     signal(&pid, "STOP");
     std::thread::sleep(std::time::Duration::from_millis(50));
     run(&["revert", &pid], 0);
-    let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    assert!(state.contains(") T "), "{state}");
+    assert_stopped(&pid);
     signal(&pid, "CONT");
     assert_eq!(stopped.ask("answer 1"), "1002");
 }
 
 fn signal(pid: &str, name: &str) {
     assert!(std::process::Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success());
+}
+
+/// A thread that is let go while stopped by job control runs for a moment to stop again.
+fn assert_stopped(pid: &str) {
+    let state = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    for _ in 0..200 {
+        if state().contains(") T ") {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("{}", state());
 }

@@ -77,6 +77,8 @@ pub enum RelocKind {
     Abs64,
     /// `R_X86_64_PC32`: 4 bytes, `S + A - P`, signed.
     Pc32,
+    /// `R_X86_64_32S`: 4 bytes, `S + A`; the value must be below 2 GiB, so that it may be extended either way.
+    Abs32,
 }
 
 /// What a relocation refers to.
@@ -272,7 +274,7 @@ fn relocs(elf: &Elf<'_>, bytes: &[u8], segments: &[Segment]) -> Result<Vec<Reloc
     for pair in out.windows(2) {
         let len = match pair[0].kind {
             RelocKind::Abs64 => 8,
-            RelocKind::Pc32 => 4,
+            RelocKind::Pc32 | RelocKind::Abs32 => 4,
         };
         if pair[1].at - pair[0].at < len {
             return Err(malformed(format!("overlapping relocations at {:#x}", pair[1].at)));
@@ -287,6 +289,7 @@ fn one_reloc(elf: &Elf<'_>, entry: &[u8; 24], segments: &[Segment]) -> Result<Re
     let (kind, len) = match (info & 0xffff_ffff) as u32 {
         reloc::R_X86_64_64 => (RelocKind::Abs64, 8),
         reloc::R_X86_64_PC32 => (RelocKind::Pc32, 4),
+        reloc::R_X86_64_32S => (RelocKind::Abs32, 4),
         other => return Err(malformed(format!("relocation of unknown type {other} at {at:#x}"))),
     };
     if holder(segments, at, len).is_none() {

@@ -122,8 +122,8 @@ fn planned(p: &FakeProcess) -> Planned {
 
 /// How many entries hold a jump.
 fn jumps(p: &FakeProcess) -> usize {
-    let at = |i| ProcAddr(IMAGE + 0x100 + i * 16);
-    let entries = (0..3).map(|i| p.read_vec(at(i), 8).unwrap());
+    let at = |i: u64| ProcAddr(IMAGE + 0x100 + i * 16);
+    let entries = (0u64..3).map(|i| p.read_vec(at(i), 8).unwrap());
     let mut count = 0;
     for bytes in entries {
         assert!(bytes == BODY || (bytes[0] == 0xe9 && bytes[5..] == BODY[5..]), "torn entry {bytes:x?}");

@@ -187,12 +187,11 @@ impl PtraceProcess {
         let Borrowed { thread, registers, mask, vector } = borrowed;
         let failed = |e| ProcessError::from_os(self.pid, "give back a thread of", e);
         let tid = thread.tid().0;
-        let mut running = thread.resume();
-        running.interrupt();
+        let mut running = thread.resume_to_interrupt();
         let thread = loop {
             match running.wait(Instant::now()) {
                 Waited::Stopped(s) if s.stop() == Stop::Interrupt => break s,
-                Waited::Stopped(s) => running = s.resume(),
+                Waited::Stopped(s) => running = s.resume_to_interrupt(),
                 Waited::Gone => return Err(ProcessError::Gone(self.pid)),
                 Waited::Late(r) => running = r,
             }

@@ -163,6 +163,12 @@ impl Stopped {
         Running(self.tid)
     }
 
+    /// Lets it go on only to where it would return to user mode: the stop is asked for before it moves.
+    pub fn resume_to_interrupt(self) -> Running {
+        let _ = sys::interrupt(self.tid.0);
+        self.resume()
+    }
+
     /// Lets it run to the next system call, traced, with its signal.
     pub fn resume_to_syscall(self) -> Running {
         let _ = sys::cont_to_syscall(self.tid.0, self.pending());
