@@ -127,7 +127,7 @@ fn another_architecture() -> Outcome {
     for (name, change, says) in [
         ("arm", &arm as &dyn Fn(&mut Vec<u8>), "x86-64"),
         ("class32", &|b: &mut Vec<u8>| b[4] = 1, "64-bit"),
-        ("big-endian", &|b: &mut Vec<u8>| b[5] = 2, "ELF"),
+        ("big-endian", &|b: &mut Vec<u8>| b[5] = 2, "x86-64"),
     ] {
         let other = changed_copy(&old, name, change);
         diff(&other, &new).expect_no_crash()?.expect_code(1)?.expect_says(&[name, says])?;
