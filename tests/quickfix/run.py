@@ -79,6 +79,8 @@ def patching(check, trader, gateway, patcher):
     runner.start()
     try:
         for round_number in (1, 2, 3):
+            if gateway.process.poll() is not None:
+                break
             done, said = patcher.apply(gateway.pid)
             check(f"apply {round_number}", done, said)
             fill = trader.trade()
@@ -172,7 +174,8 @@ def main():
         trading(check, trader)
         if args.livepatch:
             patching(check, trader, gateway, Patcher(args.livepatch, args.patch))
-        check("the gateway lives", gateway.process.poll() is None, gateway.process.poll() or "")
+        if not check("the gateway lives", gateway.process.poll() is None, gateway.process.poll() or ""):
+            raise RuntimeError("the gateway died")
         resending(check, trader)
         reconnecting(check, trader)
         restarting(check, trader, gateway, signal.SIGTERM, "restart")
