@@ -7,7 +7,7 @@ use object::elf;
 use object::write::elf::{Encoder, FileHeader, FileHeaderLayout, ProgramHeader, Rel, SectionHeader, Sym};
 use object::Endianness;
 
-use super::{OutReloc, OutSymbol, OutTarget, Part, PAGE};
+use super::{OutKind, OutReloc, OutSymbol, OutTarget, Part, PAGE};
 
 const TEXT: u32 = 5;
 const WRITE: u32 = 6;
@@ -154,7 +154,11 @@ pub(super) fn write(parts: &[Part], symbols: &[OutSymbol], manifest: &[u8], imag
                     (section as u32 + 1, r.addend + (at - parts[section].at).cast_signed())
                 }
             };
-            let r_type = if r.wide { elf::R_X86_64_64 } else { elf::R_X86_64_PC32 };
+            let r_type = match r.kind {
+                OutKind::Abs64 => elf::R_X86_64_64,
+                OutKind::Abs32 => elf::R_X86_64_32S,
+                OutKind::Pc32 => elf::R_X86_64_PC32,
+            };
             encoder.relocation(&mut out, true, &Rel { r_offset: r.at, r_sym, r_type, r_addend });
         }
     }

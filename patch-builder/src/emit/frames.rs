@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{OutReloc, OutTarget};
+use super::{OutKind, OutReloc, OutTarget};
 use crate::build::{Fde, FuncId};
 
 const DW_EH_PE_PCREL_SDATA4: u8 = 0x1b;
@@ -115,7 +115,7 @@ impl Frames {
         out.push(len);
         if let Some((at, indirect)) = cie.personality {
             out.push(DW_EH_PE_PCREL_SDATA4 | if indirect { DW_EH_PE_INDIRECT } else { 0 });
-            relocs.push(OutReloc { at: self.at + out.len() as u64, wide: false, to: OutTarget::Image(at), addend: 0 });
+            relocs.push(OutReloc { at: self.at + out.len() as u64, kind: OutKind::Pc32, to: OutTarget::Image(at), addend: 0 });
             out.extend([0; 4]);
         }
         if cie.lsda {

@@ -34,10 +34,18 @@ pub(crate) struct Part {
 pub(crate) struct OutReloc {
     /// Where, in the patch's address space.
     pub at: u64,
-    pub wide: bool,
+    pub kind: OutKind,
     /// Address of the old image, or offset in the patch's address space.
     pub to: OutTarget,
     pub addend: i64,
+}
+
+/// How a relocation is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OutKind {
+    Abs64,
+    Abs32,
+    Pc32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -298,10 +306,13 @@ impl Contents<'_, '_, '_> {
                     let value = to.wrapping_add_signed(addend).wrapping_sub(place) as u32;
                     part.bytes[field..field + 4].copy_from_slice(&value.to_le_bytes());
                 }
-                (Store::Pc32(addend), to) => part.relocs.push(OutReloc { at: place, wide: false, to, addend }),
-                (Store::Abs64, to) => part.relocs.push(OutReloc { at: place, wide: true, to, addend: 0 }),
+                (Store::Pc32(addend), to) => part.relocs.push(OutReloc { at: place, kind: OutKind::Pc32, to, addend }),
+                (Store::Abs64, to) => part.relocs.push(OutReloc { at: place, kind: OutKind::Abs64, to, addend: 0 }),
                 (Store::Abs32, OutTarget::Image(to)) if !self.layout.old.build.pie && u32::try_from(to).is_ok() => {
                     part.bytes[field..field + 4].copy_from_slice(&(to as u32).to_le_bytes());
+                }
+                (Store::Abs32, to @ OutTarget::Patch(_)) if !self.layout.old.build.pie => {
+                    part.relocs.push(OutReloc { at: place, kind: OutKind::Abs32, to, addend: 0 });
                 }
                 (Store::Abs32 | Store::Pc8, _) => self.fail(name, format!("{name} holds an address in too few bits")),
             }

@@ -234,9 +234,9 @@ impl<'d> Selector<'_, 'd> {
                 Field::Abs32 => Store::Abs32,
                 Field::Abs64 | Field::TpOff32 => Store::Abs64,
             };
-            if store == Store::Abs32 && !matches!(to, Bound::Image(_)) {
-                let message = format!("{} holds the address of something new in 32 bits", self.current);
-                self.refuse("unsupported", func.name(), message, "build a position-independent executable (-pie)");
+            if store == Store::Abs32 && new.build.pie {
+                let message = format!("{} holds an address in 32 bits in a position-independent build", self.current);
+                self.refuse("unsupported", func.name(), message, "build it with -fPIE");
             }
             fixups.push(Fixup { at, store, to });
         }
