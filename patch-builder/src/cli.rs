@@ -34,6 +34,15 @@ struct Args {
     /// Count moved line numbers as changes
     #[arg(long)]
     strict_locations: bool,
+    /// The old build's link map [default: OLD.map, if it is there]
+    #[arg(long, value_name = "FILE")]
+    old_map: Option<PathBuf>,
+    /// The new build's link map [default: NEW.map, if it is there]
+    #[arg(long, value_name = "FILE")]
+    new_map: Option<PathBuf>,
+    /// Overrule a refusal, on your responsibility; recorded in the patch
+    #[arg(long, value_name = "RULE[:SYMBOL]")]
+    allow: Vec<String>,
     /// Report as JSON on standard output
     #[arg(long)]
     json: bool,
@@ -82,14 +91,25 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     match args.command {
         None => {
-            let (Some(old), Some(new), Some(output)) = (args.old, args.new, args.output) else { return ExitCode::from(2) };
+            let (Some(old), Some(new), Some(output)) = (args.old, args.new, args.output) else {
+                return ExitCode::from(2);
+            };
             let stem = output.file_stem().map_or_else(|| "patch".into(), |s| s.to_string_lossy().into_owned());
             let name = args.name.unwrap_or(stem);
-            let options = Options { old, new, name, strict_locations: args.strict_locations, only_report: false };
+            let options = Options {
+                old,
+                new,
+                name,
+                strict_locations: args.strict_locations,
+                only_report: false,
+                maps: (args.old_map, args.new_map),
+                allow: args.allow,
+            };
             build(&options, Some(&output), args.json)
         }
         Some(Command::Diff { old, new, strict_locations, json }) => {
-            let options = Options { old, new, name: "diff".into(), strict_locations, only_report: true };
+            let name = "diff".into();
+            let options = Options { old, new, name, strict_locations, only_report: true, ..Options::default() };
             build(&options, None, json)
         }
         Some(Command::Inspect { patch, json }) => inspect(&patch, json),
@@ -154,7 +174,8 @@ fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 fn inspect(path: &Path, json: bool) -> ExitCode {
-    let patch = std::fs::read(path).map_err(|e| e.to_string()).and_then(|b| PatchFile::parse(&b).map_err(|e| e.to_string()));
+    let patch =
+        std::fs::read(path).map_err(|e| e.to_string()).and_then(|b| PatchFile::parse(&b).map_err(|e| e.to_string()));
     let patch = match patch {
         Ok(patch) => patch,
         Err(e) => {
@@ -164,7 +185,8 @@ fn inspect(path: &Path, json: bool) -> ExitCode {
     };
     let digest = livepatch::patch::HexBytes(patch.digest.to_vec());
     if json {
-        let value = serde_json::json!({ "digest": digest, "manifest": patch.manifest, "relocations": patch.relocs.len() });
+        let value =
+            serde_json::json!({ "digest": digest, "manifest": patch.manifest, "relocations": patch.relocs.len() });
         say(&format!("{}\n", serde_json::to_string_pretty(&value).unwrap_or_default()));
         return ExitCode::SUCCESS;
     }

@@ -46,8 +46,10 @@ fn compare(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, proof: LineProof<'
 #[must_use]
 pub fn diff(old: &Side<'_>, new: &Side<'_>, bytes: (&[u8], &[u8]), pairing: &Pairing, options: DiffOptions) -> Diff {
     let all: Vec<FuncId> = (0..old.build.funcs.len() as FuncId).filter(|f| pairing.func_pair(*f).is_some()).collect();
-    let mut changed: BTreeMap<FuncId, String> =
-        compare(old, new, pairing, LineProof::None, &all).into_iter().filter_map(|(f, v)| v.err().map(|why| (f, why))).collect();
+    let mut changed: BTreeMap<FuncId, String> = compare(old, new, pairing, LineProof::None, &all)
+        .into_iter()
+        .filter_map(|(f, v)| v.err().map(|why| (f, why)))
+        .collect();
     let mut noise = BTreeMap::new();
     let candidates: Vec<FuncId> = changed.keys().copied().collect();
     let lines = {
@@ -101,7 +103,9 @@ fn with_companions(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, changed: &
             more.push((f, "its cold part".to_owned()));
         }
         if changed.contains_key(&f) || part_changed {
-            more.extend(parts.iter().filter(|c| !changed.contains_key(c)).map(|c| (*c, "its parent function".to_owned())));
+            more.extend(
+                parts.iter().filter(|c| !changed.contains_key(c)).map(|c| (*c, "its parent function".to_owned())),
+            );
         }
     }
     changed.extend(more);

@@ -41,7 +41,11 @@ impl<'d> Guard<'_, 'd> {
     fn refuse(&mut self, rule: &'static str, symbol: &str, message: String, remedy: &str) {
         let symbol = demangle(symbol);
         let message = message.replace("{}", &symbol);
-        self.out.push(Refusal { rule: rule.into(), symbol, message, remedy: remedy.into() });
+        let mut remedy = remedy.to_owned();
+        if crate::report::ALLOWABLE.contains(&rule) {
+            remedy += &format!("; if the change does not matter to what runs: --allow '{rule}:{symbol}'");
+        }
+        self.out.push(Refusal { rule: rule.into(), symbol, message, remedy });
     }
 
     fn named_data(&mut self) {
@@ -108,7 +112,9 @@ impl<'d> Guard<'_, 'd> {
     fn constructors(&mut self, diff: &Diff) {
         let list = |side: &Side<'d>| -> Vec<Target<'d>> {
             let arrays = side.build.sections.iter().filter(|s| {
-                [".init_array", ".fini_array", ".preinit_array", ".ctors", ".dtors"].iter().any(|n| s.name.starts_with(n))
+                [".init_array", ".fini_array", ".preinit_array", ".ctors", ".dtors"]
+                    .iter()
+                    .any(|n| s.name.starts_with(n))
             });
             let mut out = Vec::new();
             for s in arrays {
@@ -125,7 +131,8 @@ impl<'d> Guard<'_, 'd> {
         let (a, b) = (list(self.old), list(self.new));
         const REMEDY: &str = "start-up code has run already and will not run again: do its work in a hook, or restart";
         if a.len() != b.len() {
-            let message = format!("the program has {} constructors and destructors, the new build {}", a.len(), b.len());
+            let message =
+                format!("the program has {} constructors and destructors, the new build {}", a.len(), b.len());
             self.refuse("constructor", "init_array", message, REMEDY);
             return;
         }
@@ -147,7 +154,8 @@ impl<'d> Guard<'_, 'd> {
                 continue;
             }
             let names: Vec<String> = self.old.build.func(f).names.iter().map(|n| demangle(n.text)).collect();
-            let message = format!("{} are one function in the old build (folded) and differ in the new one", names.join(" and "));
+            let message =
+                format!("{} are one function in the old build (folded) and differ in the new one", names.join(" and "));
             let name = self.old.build.func(f).name();
             self.refuse("icf", name, message, "build both without folding (no --icf, -fno-ipa-icf)");
         }

@@ -223,7 +223,15 @@ impl<'d> Lifter<'_, 'd> {
     }
 
     /// A displacement or an immediate: if a relocation stands there, it is an address or a thread-pointer offset.
-    fn constant(&mut self, ins: &Instruction, place: usize, width: usize, relocs: &[Reloc], explained: &mut [bool], displacement: bool) {
+    fn constant(
+        &mut self,
+        ins: &Instruction,
+        place: usize,
+        width: usize,
+        relocs: &[Reloc],
+        explained: &mut [bool],
+        displacement: bool,
+    ) {
         let at = ins.ip() + place as u64;
         let value = match width {
             4 => read(&self.out.masked, ins.ip() - self.start, place, 4).map(|v| i64::from(v as u32 as i32)),
@@ -247,7 +255,9 @@ impl<'d> Lifter<'_, 'd> {
         let Some(reloc) = index.map(|i| &relocs[i]) else { return };
         let access = if displacement { Access::Extent } else { access_of(ins) };
         match (reloc.kind, width) {
-            (R_TPOFF32 | R_GOTTPOFF | R_DTPOFF32 | R_GOTPC32_TLSDESC, 4) => self.thread_local(ins, place, reloc.sym, value),
+            (R_TPOFF32 | R_GOTTPOFF | R_DTPOFF32 | R_GOTPC32_TLSDESC, 4) => {
+                self.thread_local(ins, place, reloc.sym, value)
+            }
             (R_32 | R_32S | R_GOTPCREL | R_GOTPCRELX | R_REX_GOTPCRELX, 4) => {
                 let target = self.resolve(value.cast_unsigned(), Some(reloc));
                 self.push(ins, place, Field::Abs32, access, target);
@@ -273,7 +283,9 @@ impl<'d> Lifter<'_, 'd> {
     }
 
     fn thread_local(&mut self, ins: &Instruction, place: usize, sym: u32, value: i64) {
-        let Some(segment) = self.build.tls_segment else { return self.fail("a thread-local access without segment".into()) };
+        let Some(segment) = self.build.tls_segment else {
+            return self.fail("a thread-local access without segment".into());
+        };
         let symbol = self.build.rel_syms.get(sym as usize);
         let in_segment = value.wrapping_add(segment.aligned_len.cast_signed());
         let target = match symbol.map(|s| s.target) {
@@ -305,7 +317,16 @@ impl<'d> Lifter<'_, 'd> {
             }
             if !matches!(
                 r.kind,
-                R_PC32 | R_PLT32 | R_GOTPCREL | R_GOTPCRELX | R_REX_GOTPCRELX | R_GOTTPOFF | R_TLSGD | R_TLSLD | R_GOTPC32_TLSDESC | R_PC64
+                R_PC32
+                    | R_PLT32
+                    | R_GOTPCREL
+                    | R_GOTPCRELX
+                    | R_REX_GOTPCRELX
+                    | R_GOTTPOFF
+                    | R_TLSGD
+                    | R_TLSLD
+                    | R_GOTPC32_TLSDESC
+                    | R_PC64
             ) {
                 self.fail(format!("relocation type {} at {:#x}", r.kind, r.at));
             }

@@ -183,7 +183,7 @@ fn exact_functions(old: &Build<'_>, new: &Build<'_>, pairing: &mut Pairing) {
 
 /// What exact names left: numbered names, several copies of one name, names whose hashes differ.
 fn family_functions(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
-    type Families = BTreeMap<(String, Option<String>), (Vec<FuncId>, Vec<FuncId>)>;
+    type Families = BTreeMap<Key, (Vec<FuncId>, Vec<FuncId>)>;
     let key = |build: &Build<'_>, f: FuncId, with_file: bool| {
         let name = &build.func(f).names[0];
         let file = if build.rust || !with_file { None } else { name.file.map(str::to_owned) };
@@ -191,7 +191,7 @@ fn family_functions(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
     };
     for with_file in [true, false] {
         let mut families: Families = BTreeMap::new();
-        let mut whole: HashMap<(String, Option<String>), (usize, usize)> = HashMap::new();
+        let mut whole: HashMap<Key, (usize, usize)> = HashMap::new();
         for id in 0..old.build.funcs.len() as FuncId {
             let k = key(&old.build, id, with_file);
             whole.entry(k.clone()).or_default().0 += 1;
@@ -224,7 +224,15 @@ fn is_copied(build: &Build<'_>, id: FuncId) -> bool {
     build.rust && (name.starts_with("_R") || name.starts_with("_ZN"))
 }
 
-fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncId], news: &[FuncId], alone: bool, same_size: bool) -> Vec<(FuncId, FuncId)> {
+fn match_family(
+    old: &Side<'_>,
+    new: &Side<'_>,
+    pairing: &Pairing,
+    olds: &[FuncId],
+    news: &[FuncId],
+    alone: bool,
+    same_size: bool,
+) -> Vec<(FuncId, FuncId)> {
     let mut comparer = Comparer::new(old, new, pairing, LineProof::None);
     let mut pairs = Vec::new();
     let mut left = Vec::new();
@@ -234,9 +242,10 @@ fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncI
         let mut order: Vec<FuncId> = news.to_vec();
         order.sort_by_key(|g| (!same_name(f, *g), taken.contains(g), *g));
         // More than a few candidates of one name are not worth a quadratic search.
-        let equal = order.into_iter().take(32).find(|g| {
-            (!taken.contains(g) || same_name(f, *g)) && comparer.func_bodies(f, *g)
-        });
+        let equal = order
+            .into_iter()
+            .take(32)
+            .find(|g| (!taken.contains(g) || same_name(f, *g)) && comparer.func_bodies(f, *g));
         match equal {
             Some(g) => {
                 taken.insert(g);
@@ -245,14 +254,17 @@ fn match_family(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, olds: &[FuncI
             None => left.push(f),
         }
     }
-    let free: Vec<FuncId> = news.iter().copied().filter(|g| !taken.contains(g) && pairing.func_olds(*g).is_empty()).collect();
+    let free: Vec<FuncId> =
+        news.iter().copied().filter(|g| !taken.contains(g) && pairing.func_olds(*g).is_empty()).collect();
     // Copies of one name (codegen units hold several, each with other constants propagated into it) are
     // told apart by who calls them; a name that is alone in both builds needs no more evidence.
     let meet = |f: FuncId, g: FuncId| {
         let news = new.callers(g);
         old.callers(f).iter().any(|h| pairing.func_pair(*h).is_some_and(|i| news.contains(&i)))
     };
-    if let ([f], [g], true) = (&left[..], &free[..], alone || left.first().zip(free.first()).is_some_and(|(f, g)| meet(*f, *g))) {
+    if let ([f], [g], true) =
+        (&left[..], &free[..], alone || left.first().zip(free.first()).is_some_and(|(f, g)| meet(*f, *g)))
+    {
         pairs.push((*f, *g));
         return pairs;
     }
@@ -274,7 +286,8 @@ fn unnamed_data(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
         let mut comparer = Comparer::new(old, new, pairing, LineProof::None);
         let front = a.iter().zip(&b).take_while(|(x, y)| comparer.unnamed(**x, **y)).count();
         let rest = a.len().min(b.len()) - front;
-        let back = a.iter().rev().zip(b.iter().rev()).take(rest).take_while(|(x, y)| comparer.unnamed(**x, **y)).count();
+        let back =
+            a.iter().rev().zip(b.iter().rev()).take(rest).take_while(|(x, y)| comparer.unnamed(**x, **y)).count();
         let ends = a.iter().rev().zip(b.iter().rev()).take(back);
         a.iter().zip(&b).take(front).chain(ends).map(|(x, y)| (*x, *y)).collect()
     };
@@ -300,19 +313,21 @@ impl Users<'_, '_> {
     }
 }
 
+/// A name, and the source file where that tells variables apart.
+type Key = (String, Option<String>);
+/// Old to new, and new to old.
 type Pairs = (Vec<Option<u32>>, Vec<Option<u32>>);
 
 fn objects(old: &[Object<'_>], new: &[Object<'_>], users: Option<&Users<'_, '_>>, pairing: &mut Pairing) -> Pairs {
     let mut there = vec![None; old.len()];
     let mut back = vec![None; new.len()];
-    let passes: [&dyn Fn(&Name<'_>) -> (String, Option<String>); 3] = [
-        &|n| (n.text.to_owned(), n.file.map(str::to_owned)),
-        &|n| (n.text.to_owned(), None),
-        &|n| (canonical(n.text), None),
-    ];
+    let passes: [&dyn Fn(&Name<'_>) -> Key; 3] =
+        [&|n| (n.text.to_owned(), n.file.map(str::to_owned)), &|n| (n.text.to_owned(), None), &|n| {
+            (canonical(n.text), None)
+        }];
     for (pass, key) in passes.iter().enumerate() {
-        let mut groups: BTreeMap<(String, Option<String>), (Vec<u32>, Vec<u32>)> = BTreeMap::new();
-        let names = |o: &Object<'_>| -> Vec<(String, Option<String>)> {
+        let mut groups: BTreeMap<Key, (Vec<u32>, Vec<u32>)> = BTreeMap::new();
+        let names = |o: &Object<'_>| -> Vec<Key> {
             o.names.iter().filter(|n| pass == 2 || !is_numbered(n.text)).map(key).collect()
         };
         for (id, o) in old.iter().enumerate().filter(|(id, _)| there[*id].is_none()) {
@@ -333,7 +348,9 @@ fn objects(old: &[Object<'_>], new: &[Object<'_>], users: Option<&Users<'_, '_>>
             }
             let Some(users) = users else { continue };
             // The same numbers on both sides, and each used by the same function: the numbering did not move.
-            let texts = |v: &[u32], all: &[Object<'_>]| -> BTreeSet<String> { v.iter().map(|i| all[*i as usize].name().to_owned()).collect() };
+            let texts = |v: &[u32], all: &[Object<'_>]| -> BTreeSet<String> {
+                v.iter().map(|i| all[*i as usize].name().to_owned()).collect()
+            };
             let same_numbers = texts(&a, old) == texts(&b, new);
             for x in a.iter().filter(|_| same_numbers) {
                 let named = b.iter().find(|y| new[**y as usize].name() == old[*x as usize].name());
@@ -357,9 +374,13 @@ fn objects(old: &[Object<'_>], new: &[Object<'_>], users: Option<&Users<'_, '_>>
     // New static locals whose name some unpaired old one has, too: it can't be said which is which.
     if users.is_some() {
         let family = |o: &Object<'_>| canonical(o.name());
-        let gone: HashSet<String> = (0..old.len()).filter(|i| there[*i].is_none() && old[*i].size > 0).map(|i| family(&old[i])).collect();
-        pairing.ambiguous =
-            (0..new.len()).filter(|i| back[*i].is_none()).map(|i| family(&new[i])).filter(|n| gone.contains(n)).collect();
+        let gone: HashSet<String> =
+            (0..old.len()).filter(|i| there[*i].is_none() && old[*i].size > 0).map(|i| family(&old[i])).collect();
+        pairing.ambiguous = (0..new.len())
+            .filter(|i| back[*i].is_none())
+            .map(|i| family(&new[i]))
+            .filter(|n| gone.contains(n))
+            .collect();
     }
     (there, back)
 }

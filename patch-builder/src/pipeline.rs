@@ -7,8 +7,8 @@ use memmap2::Mmap;
 use crate::build::{demangle, Build, BuildError};
 use crate::diff::{diff, Diff, DiffOptions};
 use crate::emit::{emit, Emitted};
-use crate::pair::{pair, Pairing};
-use crate::report::{BuildInfo, DataInfo, FunctionInfo, NoiseInfo, Refusal, Report};
+use crate::pair::pair;
+use crate::report::{BuildInfo, DataInfo, FunctionInfo, NoiseInfo, Refusal, Report, ALLOWABLE};
 use crate::select::{select, PieceKind, Selection};
 use crate::side::Side;
 use crate::verify::verify;
@@ -26,6 +26,10 @@ pub struct Options {
     pub strict_locations: bool,
     /// Write no patch.
     pub only_report: bool,
+    /// Link maps of the two builds; else `OLD.map` and `NEW.map`, if they are there.
+    pub maps: (Option<PathBuf>, Option<PathBuf>),
+    /// Rules that somebody takes responsibility for: `RULE` or `RULE:SYMBOL`.
+    pub allow: Vec<String>,
 }
 
 /// What came of it.
@@ -82,11 +86,11 @@ impl Error {
 fn map(path: &Path) -> Result<Mmap, Error> {
     let input = |e| Error::Input(path.to_owned(), BuildError::Io(e));
     let file = std::fs::File::open(path).map_err(input)?;
-    livepatch_map(&file).map_err(input)
+    private_copy(&file).map_err(input)
 }
 
 /// Reads the file into memory that nobody else can change.
-fn livepatch_map(file: &std::fs::File) -> std::io::Result<Mmap> {
+fn private_copy(file: &std::fs::File) -> std::io::Result<Mmap> {
     use std::io::Read as _;
     let len = usize::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?;
     let mut map = memmap2::MmapMut::map_anon(len.max(1))?;
@@ -108,22 +112,37 @@ fn livepatch_map(file: &std::fs::File) -> std::io::Result<Mmap> {
 /// Unreadable or unusable files, and builds that do not differ.
 pub fn run(options: &Options) -> Result<Outcome, Error> {
     let (old_bytes, new_bytes) = (map(&options.old)?, map(&options.new)?);
-    let read = |path: &Path, bytes| {
-        Build::parse(&path.display().to_string(), bytes).map_err(|e| Error::Input(path.to_owned(), e)).map(Side::new)
+    let read = |path: &Path, bytes, given: Option<&Path>| {
+        let input = |e| Error::Input(path.to_owned(), e);
+        let mut build = Build::parse(&path.display().to_string(), bytes).map_err(input)?;
+        if let Some(map) = link_map(path, given)? {
+            build.add_link_map(&map);
+        }
+        Ok(Side::new(build))
     };
-    let (old, new) = rayon::join(|| read(&options.old, &old_bytes[..]), || read(&options.new, &new_bytes[..]));
+    let (old, new) = rayon::join(
+        || read(&options.old, &old_bytes[..], options.maps.0.as_deref()),
+        || read(&options.new, &new_bytes[..], options.maps.1.as_deref()),
+    );
     let (old, new) = (old?, new?);
     if old.build.build_id == new.build.build_id {
         return Err(Error::SameBuild);
     }
     let pairing = pair(&old, &new);
-    let found = diff(&old, &new, (&old_bytes, &new_bytes), &pairing, DiffOptions { strict_locations: options.strict_locations });
+    let found = diff(
+        &old,
+        &new,
+        (&old_bytes, &new_bytes),
+        &pairing,
+        DiffOptions { strict_locations: options.strict_locations },
+    );
     let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
     let selection = select(&old, &new, &pairing, &found);
     refusals.extend(selection.refusals.iter().cloned());
+    let allowances = allow(&mut refusals, &options.allow);
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {
-        match emit(&old, &new, &found, &selection, &options.name) {
+        match emit(&old, &new, &found, &selection, &options.name, &allowances) {
             Ok(e) => {
                 verify(&e.bytes, &e.manifest, &old).map_err(Error::Verify)?;
                 emitted = Some(e);
@@ -131,9 +150,35 @@ pub fn run(options: &Options) -> Result<Outcome, Error> {
             Err(more) => refusals.extend(more),
         }
     }
-    let report = report(options, &old, &new, &pairing, &found, &selection, refusals, emitted.as_ref());
+    let report = report(options, &old, &new, &found, &selection, refusals, emitted.as_ref());
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
     Ok(Outcome { report, patch })
+}
+
+/// Takes out the refusals that somebody takes responsibility for, and says which.
+fn allow(refusals: &mut Vec<Refusal>, allowed: &[String]) -> Vec<String> {
+    let mut used = Vec::new();
+    refusals.retain(|r| {
+        let exact = format!("{}:{}", r.rule, r.symbol);
+        let hit = ALLOWABLE.contains(&r.rule.as_str()) && allowed.iter().any(|a| *a == r.rule || *a == exact);
+        if hit {
+            used.push(exact);
+        }
+        !hit
+    });
+    used
+}
+
+/// The link map that was given, or the one beside the build.
+fn link_map(build: &Path, given: Option<&Path>) -> Result<Option<String>, Error> {
+    let mut beside = build.as_os_str().to_owned();
+    beside.push(".map");
+    let path = given.map_or_else(|| PathBuf::from(beside), Path::to_owned);
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(e) if given.is_none() && e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::Input(path, BuildError::Io(e))),
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -145,7 +190,6 @@ fn report(
     options: &Options,
     old: &Side<'_>,
     new: &Side<'_>,
-    _pairing: &Pairing,
     found: &Diff,
     selection: &Selection,
     refusals: Vec<Refusal>,
@@ -164,7 +208,10 @@ fn report(
             old_size: None,
             new_size: func.size,
             entry_jump: false,
-            companions: crate::diff::companions(new, c.new).iter().map(|p| new.build.func(*p).name().to_owned()).collect(),
+            companions: crate::diff::companions(new, c.new)
+                .iter()
+                .map(|p| new.build.func(*p).name().to_owned())
+                .collect(),
             source: found.lines.1.source(func.addr),
         };
         if c.olds.is_empty() {
@@ -191,13 +238,13 @@ fn report(
             });
         }
     }
-    let data = selection.pieces.iter().filter_map(|p| {
+    let data = selection.pieces.iter().map(|p| {
         let kind = match p.kind {
             PieceKind::Static => "static",
             PieceKind::Slot | PieceKind::Stub => "slot",
             PieceKind::Constant | PieceKind::Lsda => "constant",
         };
-        Some(DataInfo { name: p.name.clone(), kind, size: p.bytes.len() as u64 })
+        DataInfo { name: p.name.clone(), kind, size: p.bytes.len() as u64 }
     });
     let noise = found.noise.iter().flat_map(|(f, all)| {
         let function = demangle(old.build.func(*f).name());
@@ -206,7 +253,10 @@ fn report(
     let mut warnings = Vec::new();
     for (lines, side) in [(&found.lines.0, old), (&found.lines.1, new)] {
         if !lines.present {
-            warnings.push(format!("{} has no debug information: lines that moved count as changes (build with -g)", side.build.path));
+            warnings.push(format!(
+                "{} has no debug information: lines that moved count as changes (build with -g)",
+                side.build.path
+            ));
         }
     }
     if emitted.is_some_and(|e| e.manifest.functions.iter().all(|f| f.old.as_ref().is_none_or(|o| o.entry.is_none()))) {

@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+/// The refusals that may be overruled: what they protect is the meaning of data, which somebody may know better.
+pub const ALLOWABLE: [&str; 3] = ["initial-value", "data-size", "constructor"];
+
 /// One build in the report.
 #[derive(Clone, Debug, Serialize)]
 pub struct BuildInfo {

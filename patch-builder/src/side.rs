@@ -112,7 +112,8 @@ impl<'d> Side<'d> {
     fn is_text(&self, from: u64, to: u64) -> bool {
         let Some(bytes) = self.build.bytes(from, to.saturating_sub(from)) else { return false };
         let trimmed = bytes.iter().rposition(|b| *b != 0).map_or(0, |at| at + 1);
-        trimmed < bytes.len() && bytes[..trimmed].iter().all(|b| *b >= 0x20 || matches!(b, b'\t' | b'\n' | b'\r' | 0x1b))
+        trimmed < bytes.len()
+            && bytes[..trimmed].iter().all(|b| *b >= 0x20 || matches!(b, b'\t' | b'\n' | b'\r' | 0x1b))
     }
 
     fn is_unterminated_text(&self, from: u64, to: u64) -> bool {

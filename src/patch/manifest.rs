@@ -12,7 +12,7 @@ impl HexBytes {
     /// The bytes of a hex string, or `None` if it is none.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
-        if !text.is_ascii() || text.len() % 2 != 0 {
+        if !text.is_ascii() || !text.len().is_multiple_of(2) {
             return None;
         }
         (0..text.len())

@@ -227,7 +227,7 @@ fn segments(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<Segment>, PatchError> {
         };
         let floor = segments.last().map_or(0, |s| (s.at + s.len_bytes).next_multiple_of(PAGE));
         let end = ph.p_vaddr.checked_add(ph.p_memsz).filter(|e| *e <= MAX_LEN_BYTES);
-        if ph.p_vaddr % PAGE != 0 || ph.p_vaddr < floor || end.is_none() || ph.p_filesz > ph.p_memsz {
+        if !ph.p_vaddr.is_multiple_of(PAGE) || ph.p_vaddr < floor || end.is_none() || ph.p_filesz > ph.p_memsz {
             return Err(malformed(format!(
                 "a segment at {:#x} that overlaps, is too long or is not page-aligned",
                 ph.p_vaddr

@@ -38,7 +38,10 @@ impl Section<'_> {
     pub fn is_relro(&self) -> bool {
         self.write
             && (self.name.starts_with(".data.rel.ro")
-                || matches!(self.name, ".init_array" | ".fini_array" | ".preinit_array" | ".dynamic" | ".ctors" | ".dtors"))
+                || matches!(
+                    self.name,
+                    ".init_array" | ".fini_array" | ".preinit_array" | ".dynamic" | ".ctors" | ".dtors"
+                ))
     }
 
     /// Data that the program may change.
@@ -84,13 +87,23 @@ impl<'d> RawElf<'d> {
         }
         let header = Header::parse(bytes).map_err(|_| BuildError::NotElf("not a 64-bit ELF file".into()))?;
         if header.e_machine(Le) != elf::EM_X86_64 || !header.is_little_endian() {
-            return Err(BuildError::NotElf(format!("for another architecture (machine {}); x86-64 is needed", header.e_machine(Le).0)));
+            return Err(BuildError::NotElf(format!(
+                "for another architecture (machine {}); x86-64 is needed",
+                header.e_machine(Le).0
+            )));
         }
         let pie = match header.e_type(Le) {
             elf::ET_EXEC => false,
             elf::ET_DYN => true,
-            elf::ET_REL => return Err(BuildError::NotElf("an object file; a linked executable or library is needed".into())),
-            other => return Err(BuildError::NotElf(format!("ELF type {}; a linked executable or library is needed", other.0))),
+            elf::ET_REL => {
+                return Err(BuildError::NotElf("an object file; a linked executable or library is needed".into()))
+            }
+            other => {
+                return Err(BuildError::NotElf(format!(
+                    "ELF type {}; a linked executable or library is needed",
+                    other.0
+                )))
+            }
         };
         let table = header.sections(Le, bytes).map_err(damaged)?;
         let mut sections = Vec::new();
@@ -127,7 +140,8 @@ fn section<'d>(
     let flags = sh.sh_flags(Le).0;
     let has = |bit: u64| flags & bit != 0;
     let zero_fill = sh.sh_type(Le) == elf::SHT_NOBITS;
-    let data = if zero_fill { &[][..] } else { sh.data(Le, bytes).map_err(|e| damaged(format!("section {name}: {e}")))? };
+    let data =
+        if zero_fill { &[][..] } else { sh.data(Le, bytes).map_err(|e| damaged(format!("section {name}: {e}")))? };
     let (addr, size) = (sh.sh_addr(Le), sh.sh_size(Le));
     if addr.checked_add(size).is_none() {
         return Err(damaged(format!("section {name} leaves the address space")));

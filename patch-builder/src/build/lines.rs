@@ -94,7 +94,9 @@ fn unit_rows<'a>(
 ) -> Option<(Vec<Row>, Vec<String>)> {
     let hit = |begin: u64, end: u64| {
         let index = wanted.partition_point(|(start, _)| *start < end);
-        index.checked_sub(1).is_some_and(|i| wanted[..=i].iter().rev().take(64).any(|(s, len)| s.saturating_add(*len) > begin))
+        index
+            .checked_sub(1)
+            .is_some_and(|i| wanted[..=i].iter().rev().take(64).any(|(s, len)| s.saturating_add(*len) > begin))
     };
     let unit = dwarf.unit(header).ok()?;
     let mut ranges = dwarf.unit_ranges(&unit).ok()?;
@@ -146,7 +148,12 @@ fn file_name<'a>(
 }
 
 /// The lines at which inlined functions were called, each at its first address.
-fn call_lines<'a>(dwarf: &Dwarf<Reader<'a>>, unit: &gimli::Unit<Reader<'a>>, hit: &dyn Fn(u64, u64) -> bool, rows: &mut Vec<Row>) {
+fn call_lines<'a>(
+    dwarf: &Dwarf<Reader<'a>>,
+    unit: &gimli::Unit<Reader<'a>>,
+    hit: &dyn Fn(u64, u64) -> bool,
+    rows: &mut Vec<Row>,
+) {
     let mut entries = unit.entries();
     while let Ok(Some(entry)) = entries.next_dfs() {
         if entry.tag() != gimli::DW_TAG_inlined_subroutine {

@@ -7,6 +7,7 @@
 mod dynamic;
 mod elf;
 mod lines;
+mod linkmap;
 mod names;
 mod symbols;
 mod unwind;
@@ -16,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 pub use dynamic::{DynKind, DynRel};
 pub use elf::{Reloc, Section};
 pub use lines::{Lines, Row};
-pub use names::{canonical, demangle, has_identity, split_suffix, Names};
+pub use names::{canonical, demangle, has_identity, split_suffix};
 pub use symbols::{Func, FuncId, Name, ObjId, Object, RelSym, SymTarget};
 pub use unwind::{Fde, Personality, Unwind};
 
@@ -98,8 +99,6 @@ pub struct Build<'d> {
     pub hard_bounds: Vec<u64>,
     /// Unwind tables.
     pub unwind: Unwind<'d>,
-    /// Interned readable names.
-    pub names: Names,
 }
 
 impl<'d> Build<'d> {
@@ -135,7 +134,6 @@ impl<'d> Build<'d> {
             plt,
             hard_bounds: symbols.bounds,
             unwind,
-            names: Names::default(),
         };
         build.add_pointer_bounds();
         build.name_resolver_stubs();
@@ -166,6 +164,15 @@ impl<'d> Build<'d> {
         bounds.sort_unstable();
         bounds.dedup();
         self.hard_bounds = bounds;
+    }
+
+    /// Takes the extents of unnamed data from the linker's map (`-Wl,-Map=FILE`).
+    pub fn add_link_map(&mut self, map: &str) {
+        let bounds = linkmap::bounds(map);
+        let data: Vec<u64> = bounds.into_iter().filter(|at| self.section_at(*at).is_some_and(|s| !s.exec)).collect();
+        self.hard_bounds.extend(data);
+        self.hard_bounds.sort_unstable();
+        self.hard_bounds.dedup();
     }
 
     /// The section that holds `addr`.

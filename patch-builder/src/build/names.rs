@@ -1,11 +1,23 @@
 //! What a symbol's name says, and what it does not.
 
-use std::sync::OnceLock;
-
 /// Prefixes of names that number what has no name: equal names in two builds prove nothing.
 const NAMELESS: &[&str] = &[
-    ".L", "anon.", "alloc_", "CSWTCH.", "__func__.", "__FUNCTION__.", "__PRETTY_FUNCTION__.", "switch.table.", "str.",
-    "vtable.", "C.", "__compound_literal.", "_ZTS_anon", "reltable.", "lookup_table.", "$",
+    ".L",
+    "anon.",
+    "alloc_",
+    "CSWTCH.",
+    "__func__.",
+    "__FUNCTION__.",
+    "__PRETTY_FUNCTION__.",
+    "switch.table.",
+    "str.",
+    "vtable.",
+    "C.",
+    "__compound_literal.",
+    "_ZTS_anon",
+    "reltable.",
+    "lookup_table.",
+    "$",
 ];
 
 /// Whether a data symbol's name identifies it across builds.
@@ -15,12 +27,6 @@ pub fn has_identity(name: &str) -> bool {
         return false;
     }
     !NAMELESS.iter().any(|p| name.starts_with(p)) && !name.contains(".str.") && !name.ends_with(".str")
-}
-
-/// Cached settings of name handling; per build.
-#[derive(Default)]
-pub struct Names {
-    _reserved: OnceLock<()>,
 }
 
 /// A symbol, readable: Rust without hash and disambiguators, C++ demangled, C as it is.
@@ -59,8 +65,7 @@ pub fn split_suffix(name: &str) -> (&str, &str) {
 #[must_use]
 pub fn stable_suffix(suffix: &str) -> String {
     let mut out = String::new();
-    let mut parts = suffix.split('.').skip(1).peekable();
-    while let Some(part) = parts.next() {
+    for part in suffix.split('.').skip(1) {
         if part.bytes().all(|b| b.is_ascii_digit()) {
             continue;
         }

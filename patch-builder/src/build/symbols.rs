@@ -154,7 +154,8 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
         }
         let global = sym.st_bind() != elf::STB_LOCAL;
         let text = name.split_once('@').map_or(name, |(n, _)| n);
-        let entry = Raw { index, name: Name { text, file: if global { None } else { file } }, value, size, kind, global };
+        let entry =
+            Raw { index, name: Name { text, file: if global { None } else { file } }, value, size, kind, global };
         if kind == elf::STT_TLS.0 {
             tls.push(entry);
             continue;

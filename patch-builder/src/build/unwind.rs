@@ -98,8 +98,13 @@ pub fn read<'d>(sections: &[Section<'d>]) -> Result<Unwind<'d>, BuildError> {
             start: fde.initial_address(),
             len: fde.len(),
             initial: cie_instructions(s.data, cie.offset()).ok_or_else(|| damaged(".eh_frame: a CIE"))?,
-            instructions: fde_instructions(s.data, fde.offset(), cie.fde_address_encoding(), cie.augmentation().is_some())
-                .ok_or_else(|| damaged(".eh_frame: an FDE"))?,
+            instructions: fde_instructions(
+                s.data,
+                fde.offset(),
+                cie.fde_address_encoding(),
+                cie.augmentation().is_some(),
+            )
+            .ok_or_else(|| damaged(".eh_frame: an FDE"))?,
             code_align: cie.code_alignment_factor(),
             data_align: cie.data_alignment_factor(),
             return_register: cie.return_address_register().0,
@@ -208,7 +213,9 @@ pub(super) fn lsda_len(data: &[u8]) -> Option<u64> {
         return None; // a landing-pad base of its own
     }
     let types = c.skip(1)?[0];
-    let types_end = if types == 0xff { None } else {
+    let types_end = if types == 0xff {
+        None
+    } else {
         let len = usize::try_from(c.leb()?).ok()?;
         Some((data.len() - c.data.len()).checked_add(len)?)
     };

@@ -35,9 +35,7 @@ pub enum Place<'d> {
 pub fn place<'d>(side: &Side<'d>, at: u64, base: u64) -> Place<'d> {
     let build = &side.build;
     let reloc = build.relocs_in(at, 1).iter().find(|r| r.kind != 0);
-    let word = |len: u64| {
-        build.bytes(at, len).map(|b| b.iter().rev().fold(0u64, |v, byte| v << 8 | u64::from(*byte)))
-    };
+    let word = |len: u64| build.bytes(at, len).map(|b| b.iter().rev().fold(0u64, |v, byte| v << 8 | u64::from(*byte)));
     if let Some(dynamic) = build.dynamic.get(&at) {
         return match dynamic.kind {
             DynKind::Relative(to) => Place::Pointer(resolve(build, to, reloc)),
@@ -82,7 +80,8 @@ impl<'d> Comparer<'_, 'd> {
             return false;
         }
         let zeros = vec![0; if zero_a || zero_b { common as usize } else { 0 }];
-        let bytes_of = |side: &Side<'d>, at, zero: bool| if zero { Some(None) } else { side.build.bytes(at, common).map(Some) };
+        let bytes_of =
+            |side: &Side<'d>, at, zero: bool| if zero { Some(None) } else { side.build.bytes(at, common).map(Some) };
         let (Some(x), Some(y)) = (bytes_of(old, a, zero_a), bytes_of(new, b, zero_b)) else { return false };
         let (x, y) = (x.unwrap_or(&zeros), y.unwrap_or(&zeros));
         let mut offset = 0u64;

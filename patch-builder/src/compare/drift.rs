@@ -20,7 +20,12 @@ struct Rows<'a> {
 impl<'a> Rows<'a> {
     fn of(old: &Side<'_>, new: &Side<'_>, lines: (&'a Lines, &'a Lines), f: FuncId, g: FuncId) -> Self {
         let (x, y) = (old.build.func(f), new.build.func(g));
-        Self { old: lines.0.rows_in(x.addr, x.size), new: lines.1.rows_in(y.addr, y.size), old_start: x.addr, new_start: y.addr }
+        Self {
+            old: lines.0.rows_in(x.addr, x.size),
+            new: lines.1.rows_in(y.addr, y.size),
+            old_start: x.addr,
+            new_start: y.addr,
+        }
     }
 
     /// Whether at some offset the old function is at `a` and the new one at `b`.
@@ -70,7 +75,10 @@ impl<'d> Comparer<'_, 'd> {
             }
             for half in (0..width).step_by(4) {
                 let value = |bytes: &[u8]| {
-                    bytes[from + half..(from + half + 4).min(from + width)].iter().rev().fold(0u32, |v, b| v << 8 | u32::from(*b))
+                    bytes[from + half..(from + half + 4).min(from + width)]
+                        .iter()
+                        .rev()
+                        .fold(0u32, |v, b| v << 8 | u32::from(*b))
                 };
                 let (a, b) = (value(a), value(b));
                 if a != b {
@@ -88,17 +96,25 @@ impl<'d> Comparer<'_, 'd> {
     /// The bytes at `offset` differ. Fine if both are a `core::panic::Location` of the same file, the
     /// difference is in its line or column, and the line tables have both lines in the functions at hand.
     pub(super) fn location_drift(&mut self, a: u64, b: u64, offset: u64, x: &[u8], y: &[u8]) -> bool {
-        let (Some((p, _)), Some((q, _))) = (x.split_first_chunk::<24>(), y.split_first_chunk::<24>()) else { return false };
+        let (Some((p, _)), Some((q, _))) = (x.split_first_chunk::<24>(), y.split_first_chunk::<24>()) else {
+            return false;
+        };
         let assume = match self.proof {
             LineProof::None => return false,
             LineProof::Assume => true,
             LineProof::Tables(..) => false,
         };
         let tail_is_zero = |v: &[u8]| v[24..].iter().all(|b| *b == 0) && v.len() < 32;
-        if !(16..24).contains(&offset) || p[..16] != q[..16] && p[8..16] != q[8..16] || !tail_is_zero(x) || !tail_is_zero(y) {
+        if !(16..24).contains(&offset)
+            || p[..16] != q[..16] && p[8..16] != q[8..16]
+            || !tail_is_zero(x)
+            || !tail_is_zero(y)
+        {
             return false;
         }
-        let (Place::Pointer(s), Place::Pointer(t)) = (place(self.old, a, a), place(self.new, b, b)) else { return false };
+        let (Place::Pointer(s), Place::Pointer(t)) = (place(self.old, a, a), place(self.new, b, b)) else {
+            return false;
+        };
         let len = u64::from_le_bytes(std::array::from_fn(|i| p[8 + i]));
         let at = self.address(true, s);
         let is_rust_file = self.old.build.bytes(at, len).is_some_and(|name| name.ends_with(b".rs"));

@@ -200,7 +200,11 @@ impl<'a, 'd> Comparer<'a, 'd> {
             if !self.targets(r.target, s.target, r.access) {
                 let (a, b) = (describe(old, r.target), describe(new, s.target));
                 return self.differ(|| {
-                    if a == b { format!("the constant or data that it uses: {a}") } else { format!("it refers to {b}, no longer to {a}") }
+                    if a == b {
+                        format!("the constant or data that it uses: {a}")
+                    } else {
+                        format!("it refers to {b}, no longer to {a}")
+                    }
                 });
             }
         }

@@ -44,7 +44,12 @@ fn access(part: &Part) -> u32 {
 }
 
 /// Writes the file: one page of headers, then the parts at the offsets of their addresses, then the rest.
-pub(super) fn write(parts: &[Part], symbols: &[OutSymbol], manifest: &[u8], image_name: &dyn Fn(u64) -> String) -> Vec<u8> {
+pub(super) fn write(
+    parts: &[Part],
+    symbols: &[OutSymbol],
+    manifest: &[u8],
+    image_name: &dyn Fn(u64) -> String,
+) -> Vec<u8> {
     let encoder = Encoder::new(Endianness::Little, true, elf::EM_X86_64);
     let parts: Vec<&Part> = parts.iter().filter(|p| p.len > 0).collect();
     let file_at = |vaddr: u64| vaddr + PAGE;

@@ -80,7 +80,8 @@ impl Frames {
             let back = out.len() - cie_at[entry.cie];
             out.extend((back as u32).to_le_bytes());
             let to = placed(entry.id);
-            let relative = |target: u64, out: &Vec<u8>| (target.wrapping_sub(self.at + out.len() as u64) as u32).to_le_bytes();
+            let relative =
+                |target: u64, out: &Vec<u8>| (target.wrapping_sub(self.at + out.len() as u64) as u32).to_le_bytes();
             let pc = relative(to.at, &out);
             out.extend(pc);
             out.extend((entry.len as u32).to_le_bytes());
@@ -115,7 +116,12 @@ impl Frames {
         out.push(len);
         if let Some((at, indirect)) = cie.personality {
             out.push(DW_EH_PE_PCREL_SDATA4 | if indirect { DW_EH_PE_INDIRECT } else { 0 });
-            relocs.push(OutReloc { at: self.at + out.len() as u64, kind: OutKind::Pc32, to: OutTarget::Image(at), addend: 0 });
+            relocs.push(OutReloc {
+                at: self.at + out.len() as u64,
+                kind: OutKind::Pc32,
+                to: OutTarget::Image(at),
+                addend: 0,
+            });
             out.extend([0; 4]);
         }
         if cie.lsda {
@@ -129,7 +135,7 @@ impl Frames {
 
 /// Pads an entry with `DW_CFA_nop` and stores its length.
 fn finish(start: usize, out: &mut Vec<u8>) {
-    while (out.len() - start) % 8 != 0 {
+    while !(out.len() - start).is_multiple_of(8) {
         out.push(0);
     }
     let len = (out.len() - start - 4) as u32;

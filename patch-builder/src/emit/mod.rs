@@ -97,7 +97,14 @@ const ISLAND_LEN: u64 = 5;
 /// # Errors
 ///
 /// A refusal, if something can't be expressed.
-pub fn emit(old: &Side<'_>, new: &Side<'_>, diff: &Diff, selection: &Selection, name: &str) -> Result<Emitted, Vec<Refusal>> {
+pub fn emit(
+    old: &Side<'_>,
+    new: &Side<'_>,
+    diff: &Diff,
+    selection: &Selection,
+    name: &str,
+    allowances: &[String],
+) -> Result<Emitted, Vec<Refusal>> {
     let mut layout = Layout { selection, old, funcs: BTreeMap::new(), pieces: vec![0; selection.pieces.len()] };
     let note = note(&old.build.build_id);
 
@@ -166,7 +173,8 @@ pub fn emit(old: &Side<'_>, new: &Side<'_>, diff: &Diff, selection: &Selection, 
 
     // Contents.
     let mut writer = Contents { layout: &layout, errors: Vec::new() };
-    let mut parts = vec![Part { name: ".note.livepatch", at: 0, len: note.len() as u64, bytes: note, relocs: Vec::new() }];
+    let mut parts =
+        vec![Part { name: ".note.livepatch", at: 0, len: note.len() as u64, bytes: note, relocs: Vec::new() }];
     for section in [".rodata", ".got", ".gcc_except_table"] {
         let (start, end) = spans[section];
         let kind = match section {
@@ -188,7 +196,8 @@ pub fn emit(old: &Side<'_>, new: &Side<'_>, diff: &Diff, selection: &Selection, 
     let bss = Part { name: ".bss", at: data_end, len: bss_end - data_end, ..Part::default() };
     parts.push(bss);
     let mut refusals = writer.errors;
-    let manifest = manifest(old, new, diff, selection, &layout, name, &mut refusals);
+    let mut manifest = manifest(old, new, diff, selection, &layout, name, &mut refusals);
+    manifest.allowances = allowances.to_vec();
     if !refusals.is_empty() {
         return Err(refusals);
     }
@@ -198,7 +207,12 @@ pub fn emit(old: &Side<'_>, new: &Side<'_>, diff: &Diff, selection: &Selection, 
         symbols.push(OutSymbol { name: new.build.func(*id).name().to_owned(), at: *at, size, func: true });
     }
     for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static) {
-        symbols.push(OutSymbol { name: piece.name.clone(), at: layout.pieces[i], size: piece.bytes.len() as u64, func: false });
+        symbols.push(OutSymbol {
+            name: piece.name.clone(),
+            at: layout.pieces[i],
+            size: piece.bytes.len() as u64,
+            func: false,
+        });
     }
     let image_name = |at: u64| image_symbol(layout.old, at);
     let json = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
@@ -252,7 +266,8 @@ impl Contents<'_, '_, '_> {
     }
 
     fn data(&mut self, name: &'static str, start: u64, end: u64, wanted: impl Fn(PieceKind) -> bool) -> Part {
-        let mut part = Part { name, at: start, bytes: vec![0; (end - start) as usize], len: end - start, relocs: Vec::new() };
+        let mut part =
+            Part { name, at: start, bytes: vec![0; (end - start) as usize], len: end - start, relocs: Vec::new() };
         for (i, piece) in self.layout.selection.pieces.iter().enumerate().filter(|(_, p)| wanted(p.kind)) {
             let at = self.layout.pieces[i];
             if at + piece.bytes.len() as u64 > end {
@@ -265,7 +280,13 @@ impl Contents<'_, '_, '_> {
 
     fn text(&mut self, start: u64, end: u64) -> Part {
         // int3 between functions
-        let mut part = Part { name: ".text", at: start, bytes: vec![0xcc; (end - start) as usize], len: end - start, relocs: Vec::new() };
+        let mut part = Part {
+            name: ".text",
+            at: start,
+            bytes: vec![0xcc; (end - start) as usize],
+            len: end - start,
+            relocs: Vec::new(),
+        };
         for (id, c) in &self.layout.selection.functions {
             let at = self.layout.funcs[id];
             let mut bytes = c.bytes.clone();
@@ -359,7 +380,12 @@ fn manifest(
             let Some(plan) = selection.entries.get(f) else { continue };
             let companions = plan.parts.iter().map(|p| {
                 let part = old.build.func(*p);
-                Companion { name: part.name().to_owned(), at: ImageAddr(part.addr), size: part.size, sha256: sha(old.build.code(*p)) }
+                Companion {
+                    name: part.name().to_owned(),
+                    at: ImageAddr(part.addr),
+                    size: part.size,
+                    sha256: sha(old.build.code(*p)),
+                }
             });
             let entry = plan.at.and_then(|at| {
                 let original = old.build.bytes(at, patch::ENTRY_JUMP_LEN)?.to_vec();
@@ -368,7 +394,12 @@ fn manifest(
             if plan.at.is_some() && entry.is_none() {
                 let symbol = demangle(of.name());
                 let message = format!("the bytes of {symbol}'s entry are not in the file");
-                refusals.push(Refusal { rule: "entry-window".into(), symbol, message, remedy: "diff the unstripped build".into() });
+                refusals.push(Refusal {
+                    rule: "entry-window".into(),
+                    symbol,
+                    message,
+                    remedy: "diff the unstripped build".into(),
+                });
             }
             let old_function = OldFunction {
                 at: ImageAddr(of.addr),
@@ -387,14 +418,15 @@ fn manifest(
             });
         }
     }
-    let statics = selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static).map(|(i, p)| patch::Static {
-        name: p.name.clone(),
-        file: p.file.clone(),
-        at: layout.pieces[i],
-        size: p.bytes.len() as u64,
+    let statics = selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static).map(|(i, p)| {
+        patch::Static { name: p.name.clone(), file: p.file.clone(), at: layout.pieces[i], size: p.bytes.len() as u64 }
     });
     let unwinder = ["_Unwind_RaiseException", "_Unwind_Resume", "__cxa_throw"];
-    let throws = old.build.dynamic.values().any(|d| matches!(d.kind, crate::build::DynKind::Import(n, _) if unwinder.contains(&n)));
+    let throws = old
+        .build
+        .dynamic
+        .values()
+        .any(|d| matches!(d.kind, crate::build::DynKind::Import(n, _) if unwinder.contains(&n)));
     Manifest {
         format: patch::FORMAT_VERSION,
         name: name.to_owned(),

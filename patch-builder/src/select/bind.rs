@@ -88,7 +88,9 @@ impl<'d> Selector<'_, 'd> {
         let mutable = self.new.is_mutable(object.addr);
         if let Some(old_id) = self.pairing.object_old(id) {
             let old = self.old.build.object(old_id).clone();
-            let same = mutable || object.size == 0 || old.size == object.size && self.comparer.objects(old.addr, object.addr, old.size);
+            let same = mutable
+                || object.size == 0
+                || old.size == object.size && self.comparer.objects(old.addr, object.addr, old.size);
             if same {
                 return Some(Bound::Image(old.addr.wrapping_add_signed(offset)));
             }
@@ -96,17 +98,23 @@ impl<'d> Selector<'_, 'd> {
             return Some(Bound::Piece(piece, offset));
         }
         if matches!(self.new.build.dynamic.get(&object.addr).map(|r| r.kind), Some(DynKind::Copy(_))) {
-            let message = format!("{} uses {} of a library, which the old build does not import", self.current, object.name());
+            let message =
+                format!("{} uses {} of a library, which the old build does not import", self.current, object.name());
             self.refuse("import", object.name(), message, NEW_IMPORT);
             return None;
         }
         if object.size == 0 {
-            let message = format!("{} refers to {}, a symbol without size that the old build does not have", self.current, object.name());
+            let message = format!(
+                "{} refers to {}, a symbol without size that the old build does not have",
+                self.current,
+                object.name()
+            );
             self.refuse("unknown-relocation", object.name(), message, "give the symbol a size, or restart");
             return None;
         }
         if mutable && self.pairing.ambiguous.contains(&canonical(object.name())) {
-            let message = format!("it can't be told which old variable {} of {} is", demangle(object.name()), self.current);
+            let message =
+                format!("it can't be told which old variable {} of {} is", demangle(object.name()), self.current);
             self.refuse("ambiguous", object.name(), message, "give the static locals different names");
             return None;
         }
@@ -151,7 +159,8 @@ impl<'d> Selector<'_, 'd> {
     }
 
     fn no_import(&mut self, name: &str) -> Option<Bound> {
-        let message = format!("{} calls or uses {name} of a library, which the old build does not import", self.current);
+        let message =
+            format!("{} calls or uses {name} of a library, which the old build does not import", self.current);
         self.refuse("import", name, message, NEW_IMPORT);
         None
     }
@@ -181,7 +190,14 @@ impl<'d> Selector<'_, 'd> {
             return Some(Bound::Piece(*piece, 0));
         }
         let index = self.pieces.len();
-        self.pieces.push(Piece { kind: PieceKind::Slot, name: "slot".into(), file: None, align: 8, bytes: vec![0; 8], fixups });
+        self.pieces.push(Piece {
+            kind: PieceKind::Slot,
+            name: "slot".into(),
+            file: None,
+            align: 8,
+            bytes: vec![0; 8],
+            fixups,
+        });
         self.piece_at.insert((at, true), index);
         Some(Bound::Piece(index, 0))
     }
@@ -189,12 +205,17 @@ impl<'d> Selector<'_, 'd> {
     fn bind_tls_slot(&mut self, id: u32, offset: i64) -> Option<Bound> {
         let old_id = self.old_tls(id)?;
         let wanted = self.old.build.tls[old_id as usize].addr.wrapping_add_signed(offset);
-        let mut slots = self.old.build.dynamic.iter().filter(|(_, r)| r.kind == DynKind::TpOff(wanted)).map(|(at, _)| *at);
+        let mut slots =
+            self.old.build.dynamic.iter().filter(|(_, r)| r.kind == DynKind::TpOff(wanted)).map(|(at, _)| *at);
         if let Some(at) = slots.next() {
             return Some(Bound::Image(at));
         }
         let name = self.new.build.tls[id as usize].name().to_owned();
-        let message = format!("{} reads the thread-local {} through a slot that the old build does not have", self.current, demangle(&name));
+        let message = format!(
+            "{} reads the thread-local {} through a slot that the old build does not have",
+            self.current,
+            demangle(&name)
+        );
         self.refuse("thread-local", &name, message, "restart");
         None
     }
@@ -203,8 +224,17 @@ impl<'d> Selector<'_, 'd> {
         let old = self.pairing.tls_old(id);
         if old.is_none() {
             let name = self.new.build.tls[id as usize].name().to_owned();
-            let message = format!("{} uses the thread-local {}, which threads that run already do not have", self.current, demangle(&name));
-            self.refuse("thread-local", &name, message, "keep the value elsewhere (a static keyed by thread), or restart");
+            let message = format!(
+                "{} uses the thread-local {}, which threads that run already do not have",
+                self.current,
+                demangle(&name)
+            );
+            self.refuse(
+                "thread-local",
+                &name,
+                message,
+                "keep the value elsewhere (a static keyed by thread), or restart",
+            );
         }
         old
     }
@@ -226,7 +256,8 @@ impl<'d> Selector<'_, 'd> {
             }
         }
         let build = &self.new.build;
-        let bytes = if build.is_zero_fill(at) { Some(vec![0; len as usize]) } else { build.bytes(at, len).map(<[u8]>::to_vec) };
+        let bytes =
+            if build.is_zero_fill(at) { Some(vec![0; len as usize]) } else { build.bytes(at, len).map(<[u8]>::to_vec) };
         let index = self.pieces.len();
         let align = 1u64 << at.trailing_zeros().min(6);
         let bytes = bytes.unwrap_or_default();
@@ -253,7 +284,14 @@ impl<'d> Selector<'_, 'd> {
     }
 
     /// One place of a piece; how many bytes it takes.
-    fn piece_place(&mut self, index: usize, offset: u64, what: Place<'d>, base_is_place: bool, fixups: &mut Vec<Fixup>) -> u64 {
+    fn piece_place(
+        &mut self,
+        index: usize,
+        offset: u64,
+        what: Place<'d>,
+        base_is_place: bool,
+        fixups: &mut Vec<Fixup>,
+    ) -> u64 {
         let clear = |s: &mut Self, width: usize| {
             let from = offset as usize;
             if let Some(bytes) = s.pieces[index].bytes.get_mut(from..from + width) {

@@ -108,24 +108,40 @@ pub fn plan(
         };
         let lifted = &old.lifted[f as usize];
         if func.unsized_ || func.overlapped {
-            refuse("overlap", format!("{name} shares its code with another symbol, or has no size"), "give it a .size directive of its own");
+            refuse(
+                "overlap",
+                format!("{name} shares its code with another symbol, or has no size"),
+                "give it a .size directive of its own",
+            );
         }
         if let Some(why) = &lifted.unexplained {
             refuse("unknown-relocation", format!("the old {name} holds {why}"), "build it with a supported linker");
         }
         let parts = crate::diff::companions(old, f);
         let strangers = reach.inside.get(&f).into_iter().flatten();
-        let second_ways: Vec<i64> = strangers.filter(|(_, from)| from.is_some_and(|h| h != f && !parts.contains(&h))).map(|(o, _)| *o).collect();
+        let second_ways: Vec<i64> = strangers
+            .filter(|(_, from)| from.is_some_and(|h| h != f && !parts.contains(&h)))
+            .map(|(o, _)| *o)
+            .collect();
         if let Some(offset) = second_ways.first() {
-            refuse("overlap", format!("other code enters {name} at +{offset:#x}, not at its start"), "give that entry a function of its own");
+            refuse(
+                "overlap",
+                format!("other code enters {name} at +{offset:#x}, not at its start"),
+                "give that entry a function of its own",
+            );
         }
         let called_by_others = reach.callers.get(&f).into_iter().flatten().any(|h| !diff.changed.contains_key(h));
         let needed = called_by_others || reach.by_address.contains(&f) || taken_by_patch.contains(&f);
-        let mut plan = EntryPlan { branches_to_entry: lifted.branch_targets.contains(&0), parts, ..EntryPlan::default() };
+        let mut plan =
+            EntryPlan { branches_to_entry: lifted.branch_targets.contains(&0), parts, ..EntryPlan::default() };
         if needed {
             match window(old, f, &lifted.branch_targets) {
                 Ok((at, padding)) => (plan.at, plan.padding) = (Some(at), padding),
-                Err(why) => refuse("entry-window", format!("there is no room for a jump at {name}: {why}"), "patch its callers instead"),
+                Err(why) => refuse(
+                    "entry-window",
+                    format!("there is no room for a jump at {name}: {why}"),
+                    "patch its callers instead",
+                ),
             }
         }
         out.insert(f, plan);

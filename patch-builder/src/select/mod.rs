@@ -191,11 +191,21 @@ impl<'d> Selector<'_, 'd> {
             return;
         }
         let part = self.new.build.func(g).cold_parent().is_some();
-        let carried = Carried { new: g, olds, reason, bytes: Vec::new(), fixups: Vec::new(), lsda: None, personality: None, part };
+        let carried = Carried {
+            new: g,
+            olds,
+            reason,
+            bytes: Vec::new(),
+            fixups: Vec::new(),
+            lsda: None,
+            personality: None,
+            part,
+        };
         self.functions.insert(g, carried);
         self.queue.push(g);
         for c in companions(self.new, g) {
-            let olds = self.pairing.func_olds(c).iter().copied().filter(|f| self.diff.changed.contains_key(f)).collect();
+            let olds =
+                self.pairing.func_olds(c).iter().copied().filter(|f| self.diff.changed.contains_key(f)).collect();
             self.enter(c, olds, "its parent function changed".into());
         }
     }
@@ -269,7 +279,8 @@ impl<'d> Selector<'_, 'd> {
                 });
             }
         }
-        let (message, name) = (format!("{} handles exceptions, which the old build does not", self.current), self.current.clone());
+        let (message, name) =
+            (format!("{} handles exceptions, which the old build does not", self.current), self.current.clone());
         self.refuse("import", &name, message, "link the old build with exception support, or restart");
         None
     }
