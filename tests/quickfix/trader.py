@@ -108,18 +108,6 @@ class Trader(fix.Application):
         """(next to send, next expected)"""
         return self.session.getExpectedSenderNum(), self.session.getExpectedTargetNum()
 
-    def snapshot(self):
-        """The numbers, and how many messages went each way so far, taken when nothing moved."""
-        while True:
-            before = self.numbers()
-            with self.lock:
-                counted = len(self.sent_types), len(self.received)
-            time.sleep(0.05)
-            with self.lock:
-                again = len(self.sent_types), len(self.received)
-            if before == self.numbers() and counted == again:
-                return before, counted
-
     def wait(self, condition, seconds=10):
         """Waits until condition() is true; returns its last value."""
         end = time.monotonic() + seconds
