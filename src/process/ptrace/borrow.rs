@@ -28,6 +28,8 @@ struct Borrowed {
     registers: RawRegisters,
     mask: u64,
     vector: Option<Vec<u8>>,
+    /// So that it is not kept waiting while we wait for a CPU.
+    _priority: sys::Priority,
 }
 
 /// Calls in which threads wait, and which go on unseen after an interruption.
@@ -112,6 +114,7 @@ impl PtraceProcess {
         let os = |e| ProcessError::from_os(self.pid, "set a timer for", e);
         let alarm = sys::Alarm::after(STOP_WITHIN).map_err(os)?;
         let until = Instant::now() + STOP_WITHIN;
+        let priority = sys::Priority::raise();
         running.interrupt();
         let mut running = running;
         let stopped = loop {
@@ -156,7 +159,7 @@ impl PtraceProcess {
             stopped.detach();
             return Ok(None);
         }
-        Ok(Some(Borrowed { thread: stopped, registers, mask, vector: None }))
+        Ok(Some(Borrowed { thread: stopped, registers, mask, vector: None, _priority: priority }))
     }
 
     /// Whether the thread is in no restartable sequence: moving its program counter would abort that.
@@ -184,7 +187,7 @@ impl PtraceProcess {
 
     /// Gives a thread back as it was.
     fn give_back(&self, borrowed: Borrowed) -> Result<(), ProcessError> {
-        let Borrowed { thread, registers, mask, vector } = borrowed;
+        let Borrowed { thread, registers, mask, vector, _priority } = borrowed;
         let failed = |e| ProcessError::from_os(self.pid, "give back a thread of", e);
         let tid = thread.tid().0;
         let mut running = thread.resume_to_interrupt();

@@ -16,17 +16,39 @@ const FIRST_BYTES: usize = 8 << 10;
 /// Threads that are stopped and checked together.
 const CHUNK: usize = 32;
 
+/// A thread that ran more often than this, ever, is taken for one that is woken often.
+const SELDOM: u64 = 32;
+
+/// How soon a thread is likely to be wanted: those that are wanted first are held last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Class {
+    /// Asleep, and hardly ever woken.
+    Seldom,
+    /// Asleep, and woken often.
+    Often,
+    /// Running, or just born.
+    Running,
+}
+
 /// A thread before the hold.
 struct Ranked {
     tid: Tid,
-    running: bool,
+    class: Class,
     /// Times it ran since we first looked, and ever.
     woken: (u64, u64),
 }
 
+/// A traced thread that is still to be stopped.
+struct Waiting {
+    thread: Running,
+    class: Class,
+    /// When it was asked to stop, if it was.
+    asked: Option<Instant>,
+}
+
 struct HeldTracee {
     thread: Stopped,
-    running: bool,
+    class: Class,
     asked: Instant,
 }
 
@@ -49,11 +71,16 @@ impl PtraceProcess {
             .map(|tid| {
                 let runs = procfs::run_count(self.pid, tid);
                 let before = self.first_runs.get(&tid).copied().unwrap_or(0);
-                let running = procfs::blocked_in(self.pid, tid).is_none();
-                Ranked { tid, running, woken: (runs.saturating_sub(before), runs) }
+                let woken = (runs.saturating_sub(before), runs);
+                let class = match procfs::blocked_in(self.pid, tid) {
+                    None => Class::Running,
+                    Some(_) if woken.0 > 0 || runs > SELDOM => Class::Often,
+                    Some(_) => Class::Seldom,
+                };
+                Ranked { tid, class, woken }
             })
             .collect();
-        out.sort_by_key(|r| (r.running, r.woken));
+        out.sort_by_key(|r| (r.class, r.woken));
         Ok(out)
     }
 
@@ -108,13 +135,13 @@ impl PtraceProcess {
     }
 
     /// Traces all threads, in `order` as far as it knows them, until a listing brings no news.
-    fn seize_all(&mut self, order: Vec<Ranked>) -> Result<Vec<(Running, bool)>, ProcessError> {
-        let mut seized: Vec<(Running, bool)> = Vec::with_capacity(order.len() + 16);
+    fn seize_all(&mut self, order: Vec<Ranked>) -> Result<Vec<Waiting>, ProcessError> {
+        let mut seized: Vec<Waiting> = Vec::with_capacity(order.len() + 16);
         let lingering: Vec<Tid> = self.lingering.iter().map(Running::tid).collect();
         let mut result = Ok(());
         for r in order.iter().filter(|r| !lingering.contains(&r.tid)) {
             match self.seize(r.tid) {
-                Ok(Some(running)) => seized.push((running, r.running)),
+                Ok(Some(running)) => seized.push(Waiting { thread: running, class: r.class, asked: None }),
                 Ok(None) => {}
                 Err(e) => {
                     result = Err(e);
@@ -128,11 +155,11 @@ impl PtraceProcess {
             match list {
                 Ok(list) => {
                     for tid in list {
-                        if seized.iter().any(|(r, _)| r.tid() == tid) || lingering.contains(&tid) {
+                        if seized.iter().any(|w| w.thread.tid() == tid) || lingering.contains(&tid) {
                             continue;
                         }
                         match self.seize(tid) {
-                            Ok(Some(running)) => seized.push((running, true)),
+                            Ok(Some(thread)) => seized.push(Waiting { thread, class: Class::Running, asked: None }),
                             Ok(None) => {}
                             Err(e) => result = Err(e),
                         }
@@ -144,12 +171,13 @@ impl PtraceProcess {
                 break;
             }
         }
-        seized.extend(std::mem::take(&mut self.lingering).into_iter().map(|r| (r, false)));
+        let lingering = std::mem::take(&mut self.lingering).into_iter();
+        seized.extend(lingering.map(|thread| Waiting { thread, class: Class::Seldom, asked: None }));
         if result.is_ok() && !self.is_alive() {
             result = Err(ProcessError::Gone(self.pid));
         }
         if let Err(e) = result {
-            self.release_running(seized.into_iter().map(|(r, _)| r).collect());
+            self.release_running(seized.into_iter().map(|w| w.thread).collect());
             return Err(e);
         }
         Ok(seized)
@@ -172,7 +200,7 @@ impl PtraceProcess {
         let priority = sys::Priority::raise();
         let deadline = Instant::now() + limits.deadline;
         let result = self.stop_all(&mut waiting, &mut stopped, deadline, check, &mut buffers);
-        let left: Vec<Running> = waiting.into_iter().map(|(r, _)| r).collect();
+        let left: Vec<Running> = waiting.into_iter().map(|w| w.thread).collect();
         let times = HoldTimes { threads: stopped.len(), ..HoldTimes::default() };
         if let Err(e) = result {
             release(&mut stopped);
@@ -186,45 +214,32 @@ impl PtraceProcess {
     /// Stops and checks all of `waiting`, the last first.
     fn stop_all(
         &self,
-        waiting: &mut Vec<(Running, bool)>,
+        waiting: &mut Vec<Waiting>,
         stopped: &mut Vec<HeldTracee>,
         deadline: Instant,
         check: &mut dyn StackCheck,
         buffers: &mut [u8],
     ) -> Result<(), HoldError> {
-        while let Some((_, running)) = waiting.last() {
-            // Sleepers in chunks; the running threads, and whatever was born meanwhile, together.
-            let running = *running;
-            let mut chunk: Vec<(Running, bool, Instant)> = Vec::with_capacity(CHUNK);
-            while chunk.len() < CHUNK && waiting.last().is_some_and(|w| w.1 == running) {
-                let Some((thread, running)) = waiting.pop() else { break };
-                let asked = Instant::now();
-                thread.interrupt();
-                chunk.push((thread, running, asked));
-            }
+        while ask_next(waiting) > 0 {
             let first = stopped.len();
-            let mut late = None;
-            for (thread, running, asked) in chunk {
-                if late.is_some() {
-                    waiting.push((thread, running));
-                    continue;
-                }
+            while waiting.last().is_some_and(|w| w.asked.is_some()) {
+                let Some(Waiting { thread, class, asked }) = waiting.pop() else { break };
+                let asked = asked.unwrap_or_else(Instant::now);
                 match thread.wait(deadline) {
                     Waited::Stopped(thread) => {
                         if let Some(born) = thread.born() {
-                            waiting.push((Running::inherited(born), true));
+                            let born = Waiting { thread: Running::inherited(born), class: Class::Running, asked: None };
+                            waiting.insert(0, born);
                         }
-                        stopped.push(HeldTracee { thread, running, asked });
+                        stopped.push(HeldTracee { thread, class, asked });
                     }
                     Waited::Gone => {}
                     Waited::Late(thread) => {
-                        late = Some(thread.tid());
-                        waiting.push((thread, running));
+                        let tid = thread.tid();
+                        waiting.push(Waiting { thread, class, asked: Some(asked) });
+                        return Err(HoldError::Deadline(tid));
                     }
                 }
-            }
-            if let Some(tid) = late {
-                return Err(HoldError::Deadline(tid));
             }
             self.check_chunk(stopped.get(first..).unwrap_or(&[]), check, buffers)?;
             if Instant::now() >= deadline {
@@ -269,12 +284,23 @@ impl PtraceProcess {
     }
 }
 
+/// Asks the next threads of one class, at the end of the list, to stop; how many.
+fn ask_next(waiting: &mut [Waiting]) -> usize {
+    let Some(class) = waiting.last().map(|w| w.class) else { return 0 };
+    let next = waiting.iter_mut().rev().take_while(|w| w.class == class).take(CHUNK);
+    next.map(|w| {
+        w.asked = Some(Instant::now());
+        w.thread.interrupt();
+    })
+    .count()
+}
+
 /// Lets threads go, the last stopped first; how long running and sleeping threads were held.
 fn release(stopped: &mut Vec<HeldTracee>) -> (Duration, Duration) {
     let (mut pause, mut sleepers) = (Duration::ZERO, Duration::ZERO);
     while let Some(held) = stopped.pop() {
         held.thread.detach();
-        let longest = if held.running { &mut pause } else { &mut sleepers };
+        let longest = if held.class == Class::Running { &mut pause } else { &mut sleepers };
         *longest = (*longest).max(held.asked.elapsed());
     }
     (pause, sleepers)

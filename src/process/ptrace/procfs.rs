@@ -1,9 +1,17 @@
 //! What /proc says about a process and its threads (proc(5)).
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 
 use crate::process::{Pid, Tid};
+
+/// A short file of /proc, in one read: what is longer than a page is cut off.
+fn read_short(path: &str) -> io::Result<Vec<u8>> {
+    let mut buf = vec![0; 4096];
+    let len = fs::File::open(path)?.read(&mut buf)?;
+    buf.truncate(len);
+    Ok(buf)
+}
 
 /// The fields of /proc/PID/status that matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,18 +53,18 @@ impl Status {
 
     /// Of a process.
     pub fn of(pid: Pid) -> io::Result<Self> {
-        Ok(Self::parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/status"))?)))
+        Ok(Self::parse(&String::from_utf8_lossy(&read_short(&format!("/proc/{pid}/status"))?)))
     }
 
     /// Of a thread.
     pub fn of_thread(pid: Pid, tid: Tid) -> io::Result<Self> {
-        Ok(Self::parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/task/{tid}/status"))?)))
+        Ok(Self::parse(&String::from_utf8_lossy(&read_short(&format!("/proc/{pid}/task/{tid}/status"))?)))
     }
 }
 
 /// Start time of a process in clock ticks since boot: together with the PID it names one process for ever.
 pub fn start_time(pid: Pid) -> io::Result<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat"))?;
+    let stat = read_short(&format!("/proc/{pid}/stat"))?;
     // The name may hold anything, so count from its closing parenthesis: state is field 3, start time 22.
     let after = stat.iter().rposition(|b| *b == b')').unwrap_or(0);
     let text = String::from_utf8_lossy(&stat[after..]).into_owned();
@@ -67,7 +75,7 @@ pub fn start_time(pid: Pid) -> io::Result<u64> {
 /// The name of a thread.
 #[must_use]
 pub fn thread_name(pid: Pid, tid: Tid) -> String {
-    let name = fs::read(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
+    let name = read_short(&format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
     String::from_utf8_lossy(name.trim_ascii_end()).into_owned()
 }
 
@@ -84,13 +92,13 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Tid>> {
 
 /// How often a thread has been put on a CPU (schedstat, field 3); 0 if the kernel does not count.
 pub fn run_count(pid: Pid, tid: Tid) -> u64 {
-    let text = fs::read(format!("/proc/{pid}/task/{tid}/schedstat")).unwrap_or_default();
+    let text = read_short(&format!("/proc/{pid}/task/{tid}/schedstat")).unwrap_or_default();
     String::from_utf8_lossy(&text).trim().split(' ').nth(2).and_then(|f| f.parse().ok()).unwrap_or(0)
 }
 
 /// The system call that a thread is blocked in, with the stack pointer and the program counter; `None` while it runs.
 pub fn blocked_in(pid: Pid, tid: Tid) -> Option<Blocked> {
-    let text = fs::read(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    let text = read_short(&format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
     Blocked::parse(&String::from_utf8_lossy(&text))
 }
 
@@ -125,7 +133,7 @@ pub fn processes() -> Vec<Pid> {
 
 /// One value of /proc/PID/auxv (getauxval(3)).
 pub fn auxiliary(pid: Pid, kind: u64) -> Option<u64> {
-    let bytes = fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let bytes = read_short(&format!("/proc/{pid}/auxv")).ok()?;
     let (words, _) = bytes.as_chunks::<8>();
     let mut pairs = words.chunks_exact(2).map(|p| (u64::from_le_bytes(p[0]), u64::from_le_bytes(p[1])));
     pairs.find(|(k, _)| *k == kind).map(|(_, v)| v)
