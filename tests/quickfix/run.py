@@ -122,19 +122,19 @@ def resending(check, trader):
 
 
 def reconnecting(check, trader):
-    before, mark, resends = trader.numbers(), trader.mark(), trader.resend_requests_sent()
+    before, resends = trader.numbers(), trader.resend_requests_sent()
     count = trader.logons
     trader.session.logout()
     check("logout", trader.wait(lambda: trader.logouts > 0 and not trader.session.isLoggedOn()))
     trader.session.logon()
     check("reconnect", trader.wait_logon(count + 1))
     after = trader.numbers()
-    # A Logout and a Logon each way, and heartbeats as time goes by; had either side lost count, it would ask for a resend.
+    # A Logout and a Logon each way, and heartbeats as time goes by. QuickFIX may number a Logon that it has no connection
+    # for and send the next: the gateway asks for the missing one and is told to skip it.
     moved = all(before[way] + 2 <= after[way] <= before[way] + 6 for way in (0, 1))
     check("numbers go on where they were", moved, f"{before} to {after}")
     check("trading goes on", trader.trade())
-    asked = trader.after(mark, t35="2") or trader.resend_requests_sent() > resends
-    check("and nobody missed anything", not asked)
+    check("and QuickFIX missed nothing", trader.resend_requests_sent() == resends)
 
 
 def restarting(check, trader, gateway, how, name):
