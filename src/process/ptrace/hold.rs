@@ -92,7 +92,7 @@ impl PtraceProcess {
             Err(e) => match procfs::Status::of_thread(self.pid, tid) {
                 // Born of a traced thread, it is traced already.
                 Ok(s) if s.tracer == std::process::id().cast_signed() => Ok(Some(Running::inherited(tid))),
-                Ok(s) if matches!(s.state, 'Z' | 'X') => Ok(None),
+                Ok(s) if matches!(s.state, 'Z' | 'X') || procfs::is_io_worker(self.pid, tid) => Ok(None),
                 Err(_) => Ok(None),
                 Ok(_) => Err(self.os_error("trace", e)),
             },
@@ -103,34 +103,49 @@ impl PtraceProcess {
     pub(super) fn release_lingering(&mut self) {
         for running in std::mem::take(&mut self.lingering) {
             match running.poll() {
-                Waited::Stopped(stopped) => stopped.detach(),
+                Waited::Stopped(stopped) => self.let_go(stopped),
                 Waited::Gone => {}
                 Waited::Late(running) => self.lingering.push(running),
             }
         }
     }
 
+    /// Lets one thread go, and keeps in mind the one that it has just made: that is traced, too, and waits for us.
+    fn let_go(&mut self, stopped: Stopped) {
+        if let Ok(mut raw) = stopped.raw_registers() {
+            tracee::hide_eintr(&stopped, &mut raw);
+        }
+        self.lingering.extend(stopped.born().map(Running::inherited));
+        stopped.detach();
+    }
+
     /// Lets go of threads that are traced but not stopped: that takes a stop.
     pub(super) fn release_running(&mut self, running: Vec<Running>) {
-        let deadline = Instant::now() + Duration::from_millis(20);
-        let Ok(_alarm) = sys::Alarm::after(Duration::from_millis(20)) else {
-            self.lingering.extend(running);
-            return;
-        };
-        for r in &running {
-            r.interrupt();
-        }
-        for r in running {
-            match r.wait(deadline) {
-                Waited::Stopped(stopped) => {
-                    if let Ok(mut raw) = stopped.raw_registers() {
-                        tracee::hide_eintr(&stopped, &mut raw);
-                    }
-                    stopped.detach();
-                }
-                Waited::Gone => {}
-                Waited::Late(r) => self.lingering.push(r),
+        let mut next = running;
+        // A thread that was let go may have made another; that one cannot have made a third untraced.
+        while !next.is_empty() {
+            let deadline = Instant::now() + Duration::from_millis(20);
+            let Ok(_alarm) = sys::Alarm::after(Duration::from_millis(20)) else {
+                self.lingering.append(&mut next);
+                return;
+            };
+            for r in &next {
+                r.interrupt();
             }
+            let mut late = Vec::new();
+            for r in std::mem::take(&mut next) {
+                match r.wait(deadline) {
+                    Waited::Stopped(stopped) => {
+                        next.extend(stopped.born().map(Running::inherited));
+                        self.let_go(stopped);
+                    }
+                    Waited::Gone => {}
+                    Waited::Late(r) => late.push(r),
+                }
+            }
+            // Those that `let_go` kept in mind are in `next`.
+            self.lingering.retain(|l| !next.iter().any(|n| n.tid() == l.tid()));
+            self.lingering.append(&mut late);
         }
     }
 
@@ -199,7 +214,7 @@ impl PtraceProcess {
         waiting.reverse();
         let priority = sys::Priority::raise();
         let deadline = Instant::now() + limits.deadline;
-        let result = self.stop_all(&mut waiting, &mut stopped, deadline, check, &mut buffers);
+        let result = self.stop_every_one(&mut waiting, &mut stopped, deadline, check, &mut buffers);
         let left: Vec<Running> = waiting.into_iter().map(|w| w.thread).collect();
         let times = HoldTimes { threads: stopped.len(), ..HoldTimes::default() };
         if let Err(e) = result {
@@ -209,6 +224,34 @@ impl PtraceProcess {
             return Err(e);
         }
         Ok(PtraceHeld { process: self, stopped, times, _alarm: alarm, _priority: priority })
+    }
+
+    /// Stops and checks all of `waiting`, and then whatever a thread made that had begun to before it was traced.
+    fn stop_every_one(
+        &self,
+        waiting: &mut Vec<Waiting>,
+        stopped: &mut Vec<HeldTracee>,
+        deadline: Instant,
+        check: &mut dyn StackCheck,
+        buffers: &mut [u8],
+    ) -> Result<(), HoldError> {
+        loop {
+            self.stop_all(waiting, stopped, deadline, check, buffers)?;
+            let count = procfs::thread_count(self.pid).map_err(|e| self.os_error("count the threads", e))?;
+            if count == stopped.len() {
+                return Ok(());
+            }
+            for tid in procfs::threads(self.pid).map_err(|e| self.os_error("list the threads", e))? {
+                if !stopped.iter().any(|s| s.thread.tid() == tid) {
+                    if let Some(thread) = self.seize(tid)? {
+                        waiting.push(Waiting { thread, class: Class::Running, asked: None });
+                    }
+                }
+            }
+            if waiting.is_empty() {
+                return Ok(());
+            }
+        }
     }
 
     /// Stops and checks all of `waiting`, the last first.
@@ -263,6 +306,10 @@ impl PtraceProcess {
             let Ok(mut raw) = held.thread.raw_registers() else { continue };
             tracee::hide_eintr(&held.thread, &mut raw);
             let tid = held.thread.tid();
+            // A worker of io_uring: the kernel marks it so, and it executes nothing of the process.
+            if raw.rip == 0 && raw.rsp == 0 && procfs::is_io_worker(self.pid, tid) {
+                continue;
+            }
             let thread = HeldThread { tid, is_main: tid.0 == self.pid.0, registers: tracee::registers(&raw) };
             let extent = check.extent(&thread);
             let len = extent.map_or(0, |e| usize::try_from(e.len_bytes()).unwrap_or(0).min(FIRST_BYTES));

@@ -174,6 +174,13 @@ impl PtraceProcess {
     }
 }
 
+impl Drop for PtraceProcess {
+    fn drop(&mut self) {
+        let lingering = std::mem::take(&mut self.lingering);
+        self.release_running(lingering);
+    }
+}
+
 fn traced_by(pid: Pid, tracer: i32) -> ProcessError {
     let status = procfs::Status::of(Pid(tracer)).unwrap_or_default();
     if status.name == "livepatch" {

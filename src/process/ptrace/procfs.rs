@@ -67,7 +67,7 @@ pub fn start_time(pid: Pid) -> io::Result<u64> {
     let stat = read_short(&format!("/proc/{pid}/stat"))?;
     // The name may hold anything, so count from its closing parenthesis: state is field 3, start time 22.
     let after = stat.iter().rposition(|b| *b == b')').unwrap_or(0);
-    let text = String::from_utf8_lossy(&stat[after..]).into_owned();
+    let text = String::from_utf8_lossy(stat.get(after..).unwrap_or(&[])).into_owned();
     let field = text.split(' ').nth(20).and_then(|f| f.trim().parse().ok());
     field.ok_or_else(|| io::Error::other("stat is not as documented"))
 }
@@ -88,6 +88,24 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Tid>> {
         }
     }
     Ok(out)
+}
+
+/// How many threads a process has, in one call: the links of its task folder, less its own two.
+pub fn thread_count(pid: Pid) -> io::Result<usize> {
+    use std::os::unix::fs::MetadataExt;
+    let links = fs::metadata(format!("/proc/{pid}/task"))?.nlink();
+    Ok(usize::try_from(links.saturating_sub(2)).unwrap_or(usize::MAX))
+}
+
+/// Whether a thread is a worker of io_uring, which never executes code of the process (PF_IO_WORKER of its stat file).
+#[must_use]
+pub fn is_io_worker(pid: Pid, tid: Tid) -> bool {
+    const PF_IO_WORKER: u64 = 0x10;
+    let stat = read_short(&format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+    let after = stat.iter().rposition(|b| *b == b')').unwrap_or(0);
+    let text = String::from_utf8_lossy(stat.get(after..).unwrap_or(&[])).into_owned();
+    // State is field 3, flags are field 9.
+    text.split(' ').nth(7).and_then(|f| f.parse::<u64>().ok()).is_some_and(|flags| flags & PF_IO_WORKER != 0)
 }
 
 /// How often a thread has been put on a CPU (schedstat, field 3); 0 if the kernel does not count.
@@ -168,6 +186,8 @@ mod tests {
         let pid = Pid(std::process::id().cast_signed());
         assert!(start_time(pid).unwrap() > 0);
         assert!(!threads(pid).unwrap().is_empty());
+        assert!(thread_count(pid).unwrap() >= 1);
+        assert!(!is_io_worker(pid, Tid(pid.0)));
         assert!(processes().contains(&pid));
         assert!(auxiliary(pid, 3).is_some());
     }
