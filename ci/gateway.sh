@@ -1,6 +1,7 @@
 # The sample gateway in its versions, running: sourced by demo, panic and cycles after lib.sh. Set WORK before.
 SESSIONS=${SESSIONS:-500} RATE=${RATE:-5000} WORKERS=${WORKERS:-2}
 GATEWAY_PID= LOAD_PID=
+[ -n "${GATEWAY_ARGS+set}" ] || GATEWAY_ARGS=()
 
 # gateway_versions NAME...: built into target/gateway/NAME/sample-gateway, with progress of cargo.
 gateway_versions() {
@@ -14,7 +15,7 @@ gateway_versions() {
 # gateway_start VERSION: sets GATEWAY_PID and PORT.
 gateway_start() {
   rm -rf "$WORK/data" && mkdir -p "$WORK/data"
-  "$TARGET/gateway/$1/sample-gateway" --port 0 --data "$WORK/data" --workers "$WORKERS" >"$WORK/gateway.out" 2>"$WORK/gateway.err" &
+  "$TARGET/gateway/$1/sample-gateway" --port 0 --data "$WORK/data" --workers "$WORKERS" "${GATEWAY_ARGS[@]}" >"$WORK/gateway.out" 2>"$WORK/gateway.err" &
   GATEWAY_PID=$!
   local i
   for i in $(seq 100); do

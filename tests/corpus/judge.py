@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""judge.py REPORT.json EXIT EXPECTED REFUSE: is patch-builder's answer on a case the right one? One line, exit 0 or 1.
+"""judge.py REPORT.json EXIT EXPECTED REFUSE ALLOW: is patch-builder's answer on a case the right one? One line, exit 0 or 1.
 
 EXPECTED: names of changed functions, `+name` for new ones. A `.cold` or `.part.N` piece of one of them may come along.
+ALLOW: more of these, which may come along.
 REFUSE: a pattern; then the only right answer is a refusal for data, of a symbol that matches.
 """
 import json, re, sys
 
-path, code, expected, refuse = sys.argv[1:5]
+path, code, expected, refuse, allow = sys.argv[1:6]
 try:
     with open(path) as f:
         report = json.load(f)
@@ -34,7 +35,7 @@ def whole(function):
 got = {("+" if f["status"] == "new" else "") + name(f) for f in report["functions"]}
 want = set(expected.split())
 known = {w.lstrip("+") for w in want}
-extra = {g for g in got - want if not (whole(g.lstrip("+")) != g.lstrip("+") and whole(g.lstrip("+")) in known)}
+extra = {g for g in got - want - set(allow.split()) if not (whole(g.lstrip("+")) != g.lstrip("+") and whole(g.lstrip("+")) in known)}
 missing = want - got
 if extra or missing:
     print(f"{len(got)} functions: missing {sorted(missing)}, not expected {sorted(extra)}")

@@ -66,7 +66,7 @@ build() { [ -x "$OLD" ] && [ -x "$NEW" ] && { info; return 0; }
   ( do_build; times > "$CASE_DIR/cpu" ) >"$CASE_DIR/build.log" 2>&1; [ -x "$OLD" ] && [ -x "$NEW" ] || { echo "BUILD FAILED, see $CASE_DIR/build.log"; tail -15 "$CASE_DIR/build.log"; return 1; }
   echo "wall $((SECONDS-t0)), cpu user+sys $(tail -1 "$CASE_DIR/cpu")" > "$CASE_DIR/build_secs"; info; }
 info() { echo "case=$NAME"; echo "old=$OLD"; echo "new=$NEW"; echo "build_secs=$(cat "$CASE_DIR/build_secs" 2>/dev/null)"
-  echo "expected=$EXPECT"; echo "refuse=${REFUSE:-}"; echo "kind=$KIND"; echo "note=$NOTE"; }
+  echo "expected=$EXPECT"; echo "refuse=${REFUSE:-}"; echo "allow=${ALLOW:-}"; echo "kind=$KIND"; echo "note=$NOTE"; }
 verify() { local r; build || return 1
   start_old || return 1; probe; r=$?; [ $r = 1 ] || { echo "FAIL: old server probes $r, want 1"; stop; return 1; }
   load 3 || { echo "FAIL: load on old"; stop; return 1; }
