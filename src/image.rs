@@ -38,6 +38,10 @@ pub fn find_images<M: ReadMemory + ?Sized>(memory: &M, maps: &[Mapping]) -> Vec<
         if !ok || !head.starts_with(b"\x7fELF") {
             continue;
         }
+        // Segments of a small file share its first page: each of their mappings begins with the same header.
+        if out.iter().any(|i| i.name == mapping.name && i.range.contains(mapping.range.start)) {
+            continue;
+        }
         if let Some(image) = Image::at(memory, mapping, head) {
             out.push(image);
         }

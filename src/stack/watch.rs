@@ -14,6 +14,9 @@ pub enum Part {
     Companion,
     /// The bytes that an entry jump covers after its first one.
     Window,
+    /// The code that a signal handler returns to. A word of the stack that points there may be a signal frame, and
+    /// what was interrupted may have its frames below (a signal stack inside a frame): only an unwind can tell.
+    SignalReturn,
 }
 
 /// A watched range.
@@ -33,6 +36,7 @@ impl Watched {
     pub fn holds_pc(&self, pc: ProcAddr) -> bool {
         match self.part {
             Part::Body { branches_to_entry: false } => self.range.contains(pc) && pc != self.range.start,
+            Part::SignalReturn => false,
             _ => self.range.contains(pc),
         }
     }
@@ -44,6 +48,7 @@ impl Watched {
         match self.part {
             // A jump that covers a call's end would be wrong whatever the unwinder says.
             Part::Window => self.range.contains(to),
+            Part::SignalReturn => false,
             _ => to.checked_sub(1).is_some_and(|call| self.range.contains(call)),
         }
     }
@@ -53,7 +58,7 @@ impl Watched {
         let (start, end) = (self.range.start.0, self.range.end.0);
         match self.part {
             Part::Body { .. } => (start + 1, end),
-            Part::Companion => (start, end),
+            Part::Companion | Part::SignalReturn => (start, end),
             Part::Window => (start, end.saturating_sub(1)),
         }
     }
@@ -177,6 +182,13 @@ mod tests {
     fn companions_count_from_their_first_byte() {
         let list = WatchList::new(vec![watched(0x1000, 0x1010, Part::Companion)]);
         assert!(list.hits_word(0x1000) && list.hits_pc(ProcAddr(0x1000)) && list.live_at(ProcAddr(0x1000)).is_some());
+    }
+
+    #[test]
+    fn a_signal_frame_is_a_hit_that_only_an_unwind_can_clear() {
+        let list = WatchList::new(vec![watched(0x1000, 0x1009, Part::SignalReturn)]);
+        assert!(list.hits_word(0x1000) && list.hits_pc(ProcAddr(0x1007)));
+        assert!(list.live_at(ProcAddr(0x1000)).is_none() && list.live_return(ProcAddr(0x1001)).is_none());
     }
 
     #[test]
