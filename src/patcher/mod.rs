@@ -4,15 +4,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use crate::addr::ProcRange;
 use crate::image::Image;
 use crate::maps::Mapping;
+use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
 use crate::plan::Refusal;
 use crate::process::ptrace::PtraceProcess;
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
-use crate::stack::{Cfi, WatchList};
+use crate::stack::{Cfi, Part, WatchList, Watched};
 use crate::transaction::{Applied, Planned, SwapError, Target, TransactionError};
 
 mod blame;
@@ -161,7 +163,9 @@ impl Patcher {
                 ),
             }
         }
-        let watch = WatchList::new(staged.watched());
+        let mut watched = staged.watched();
+        watched.extend(signal_returns(staged.process(), &self.images, &self.maps));
+        let watch = WatchList::new(watched);
         let mut retry = Retry::new(deadline, options.hold);
         let committed = loop {
             let stacks = StackMap::new(&staged.process().mappings()?);
@@ -172,7 +176,8 @@ impl Patcher {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             match staged.commit(retry.limits(), &mut checker, inspected.sequence, now) {
                 Ok(committed) => break committed,
-                Err((back, error)) => {
+                Err(failed) => {
+                    let (back, error) = *failed;
                     staged = back;
                     let blocked = checker.into_blocked();
                     retry.again(error, blocked, staged.process(), &self.images, pid, &patch.manifest.name)?;
@@ -207,7 +212,9 @@ impl Patcher {
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
         let mut applied = Applied::new(newest)?;
         applied.check_entries(&self.process)?;
-        let watch = WatchList::new(applied.watched());
+        let mut watched = applied.watched();
+        watched.extend(signal_returns(&self.process, &self.images, &self.maps));
+        let watch = WatchList::new(watched);
         let mut retry = Retry::new(deadline, options.hold);
         let reverted = loop {
             let stacks = StackMap::new(&self.process.mappings()?);
@@ -217,7 +224,8 @@ impl Patcher {
             let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
             match applied.revert(&mut self.process, retry.limits(), &mut checker) {
                 Ok(reverted) => break reverted,
-                Err((back, error)) => {
+                Err(failed) => {
+                    let (back, error) = *failed;
                     applied = back;
                     let blocked = checker.into_blocked();
                     retry.again(error, blocked, &self.process, &self.images, pid, &patch)?;
@@ -371,4 +379,23 @@ struct Inspected {
     register_frame: Option<crate::addr::ProcAddr>,
     /// For the next apply.
     sequence: u64,
+}
+
+/// Where signal handlers return to: `mov rax, 15; syscall` in the C library, which hands the kernel this address
+/// with each handler (sigaction(2), sa_restorer).
+fn signal_returns<M: ReadMemory + ?Sized>(memory: &M, images: &[Image], maps: &[Mapping]) -> Vec<Watched> {
+    const RT_SIGRETURN: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
+    let is_libc = |i: &&Image| ["libc.", "libc-", "ld-musl", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
+    let mut out = Vec::new();
+    for image in images.iter().filter(is_libc) {
+        for code in maps.iter().filter(|m| m.execute && image.range.overlaps(&m.range)) {
+            let Ok(bytes) = memory.read_vec(code.range.start, code.range.len_bytes()) else { continue };
+            for at in memchr::memmem::find_iter(&bytes, &RT_SIGRETURN) {
+                let start = code.range.start.checked_add(at as u64);
+                let range = start.and_then(|s| ProcRange::new(s, RT_SIGRETURN.len() as u64));
+                out.extend(range.map(|range| Watched { name: "a signal frame".into(), range, part: Part::SignalReturn }));
+            }
+        }
+    }
+    out
 }

@@ -320,7 +320,7 @@ fn check(payload: &Payload, header: &Header) -> Result<(), CodecError> {
         return Err(CodecError::Field("entry"));
     }
     let fits = header.record_bytes() <= payload.record_bytes && payload.record_bytes <= header.region_bytes;
-    if !fits || payload.record_bytes % crate::maps::PAGE != 0 {
+    if !fits || !payload.record_bytes.is_multiple_of(crate::maps::PAGE) {
         return Err(CodecError::Field("length"));
     }
     Ok(())

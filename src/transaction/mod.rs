@@ -341,12 +341,12 @@ impl<'p, P: Process> Staged<'p, P> {
         check: &mut dyn StackCheck,
         sequence: u64,
         applied_at_s: u64,
-    ) -> Result<Committed, (Self, TransactionError)> {
+    ) -> Result<Committed, Box<(Self, TransactionError)>> {
         let mutable = Mutable { state: State::Applied, sequence, applied_at_s, pause_ns: 0, ..self.mutable };
         let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
         let result = hold_and_swap(self.process, limits, check, &self.planned.edits, at, &self.mutable, &mutable);
         match result {
-            Err(e) => Err((self, e)),
+            Err(e) => Err(Box::new((self, e))),
             Ok(times) => {
                 self.mutable = Mutable { pause_ns: times.pause_ns, ..mutable };
                 // From here on the mapping is in use. Its pause is for people only.
@@ -466,12 +466,12 @@ impl Applied {
         process: &mut P,
         limits: HoldLimits,
         check: &mut dyn StackCheck,
-    ) -> Result<Reverted, (Self, TransactionError)> {
+    ) -> Result<Reverted, Box<(Self, TransactionError)>> {
         let after = Mutable { state: State::Reverted, ..self.found.mutable };
         let at = ProcAddr(self.found.region.start.0 + MUTABLE_AT);
         match hold_and_swap(process, limits, check, &self.edits, at, &self.found.mutable, &after) {
             Ok(times) => Ok(Reverted { times, entries: self.edits.len() }),
-            Err(e) => Err((self, e)),
+            Err(e) => Err(Box::new((self, e))),
         }
     }
 }

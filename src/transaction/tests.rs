@@ -100,7 +100,7 @@ fn apply(p: &mut FakeProcess, planned: Planned) -> Result<Committed, Transaction
     let mut staged = planned.stage(p, soon())?;
     staged.register(ProcAddr(0x4444), &mut Anyone, soon())?;
     let watch = WatchList::new(staged.watched());
-    staged.commit(LIMITS, &mut Checker::new(&watch, &stacks, None), 1, 2).map_err(|(_, e)| e)
+    staged.commit(LIMITS, &mut Checker::new(&watch, &stacks, None), 1, 2).map_err(|e| e.1)
 }
 
 fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
@@ -112,7 +112,7 @@ fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
     let stacks = StackMap::new(&p.mappings()?);
     let watch = WatchList::new(applied.watched());
     let mut checker = Checker::new(&watch, &stacks, None);
-    applied.revert(p, LIMITS, &mut checker).map_err(|(_, e)| e)
+    applied.revert(p, LIMITS, &mut checker).map_err(|e| e.1)
 }
 
 fn planned(p: &FakeProcess) -> Planned {

@@ -119,6 +119,9 @@ pub struct Recipe<'a> {
     pub may_unwind: bool,
 }
 
+/// Name, type, flags, address, offset, size, link, info, entry size.
+type SectionRow = (u32, u32, u64, u64, u64, u64, u32, u32, u64);
+
 struct Piece {
     at: u64,
     data: Vec<u8>,
@@ -326,7 +329,7 @@ fn elf(
     out.resize(out.len().next_multiple_of(8), 0);
     let sections_at = out.len() as u64;
     let text = &pieces[0];
-    let mut list: Vec<(u32, u32, u64, u64, u64, u64, u32, u32, u64)> = vec![
+    let mut list: Vec<SectionRow> = vec![
         (0, 0, 0, 0, 0, 0, 0, 0, 0),
         (name_at(".text"), 1, 6, text.at, file_at[&text.at], text.data.len() as u64, 0, 0, 0),
         (name_at(MANIFEST_SECTION), 1, 0, 0, manifest_at, json.len() as u64, 0, 0, 0),

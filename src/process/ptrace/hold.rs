@@ -91,7 +91,7 @@ impl PtraceProcess {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
             Err(e) => match procfs::Status::of_thread(self.pid, tid) {
                 // Born of a traced thread, it is traced already.
-                Ok(s) if s.tracer == std::process::id().cast_signed() => Ok(Some(Running::inherited(tid))),
+                Ok(s) if s.tracer == sys::own_tid() => Ok(Some(Running::inherited(tid))),
                 Ok(s) if matches!(s.state, 'Z' | 'X') || procfs::is_io_worker(self.pid, tid) => Ok(None),
                 Err(_) => Ok(None),
                 Ok(_) => Err(self.os_error("trace", e)),

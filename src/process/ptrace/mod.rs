@@ -109,7 +109,7 @@ impl PtraceProcess {
         }
         if source.raw_os_error() == Some(libc::EPERM) {
             if let Ok(status) = procfs::Status::of(self.pid) {
-                if status.tracer != 0 && status.tracer != std::process::id().cast_signed() {
+                if status.tracer != 0 && status.tracer != sys::own_tid() {
                     return traced_by(self.pid, status.tracer);
                 }
             }

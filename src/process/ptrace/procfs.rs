@@ -168,7 +168,7 @@ mod tests {
         );
         let expected = Status { state: 'S', tracer: 42, seccomp: 2, shadow_stack: true, name: "a b".into(), parent: 7 };
         assert_eq!(status, expected);
-        assert_eq!(Status::parse("x86_Thread_features:\t\n").shadow_stack, false);
+        assert!(!Status::parse("x86_Thread_features:\t\n").shadow_stack);
     }
 
     #[test]

@@ -209,6 +209,12 @@ pub fn read_parts(pid: pid_t, parts: &mut [(ProcAddr, &mut [u8])], ok: &mut [boo
     }
 }
 
+/// The calling thread: what `TracerPid` calls a tracer.
+pub fn own_tid() -> pid_t {
+    // SAFETY: it takes nothing and cannot fail.
+    unsafe { libc::gettid() }
+}
+
 /// pidfd_open(2).
 pub fn open_pidfd(pid: pid_t) -> io::Result<std::os::fd::OwnedFd> {
     use std::os::fd::FromRawFd;
@@ -255,8 +261,7 @@ impl Alarm {
         let mut event: libc::sigevent = unsafe { zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
         event.sigev_signo = libc::SIGALRM;
-        // SAFETY: 1.
-        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        event.sigev_notify_thread_id = own_tid();
         let mut timer: libc::timer_t = std::ptr::null_mut();
         // SAFETY: 1.
         check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) }.into())?;
