@@ -267,7 +267,7 @@ fn check_live(f: &Fixture, old: &Path, fix: &Path) -> Result<(), String> {
     program.ask(says(0))?;
     if let Some((code, name)) = &f.apply_exit {
         let before = program.text();
-        let ran = livepatch(&["apply", &pid, fix, "--timeout", "700ms"]);
+        let ran = livepatch(&["apply", &pid, fix, "--timeout", "2s"]);
         ran.expect_no_crash()?.expect_code(*code)?.expect_says(&[name.as_deref().unwrap_or("")])?;
         if program.text() != before {
             return Err("not applied, but the code is not what it was".into());
