@@ -329,12 +329,13 @@ fn another_tracer() -> Outcome {
     let mut tracer =
         Command::new(&hold).arg(&pid).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a tracer");
     let mut line = [0; 5];
-    std::io::Read::read_exact(&mut tracer.stdout.take().expect("stdout"), &mut line)
-        .map_err(|e| format!("no tracer: {e}"))?;
+    let held = std::io::Read::read_exact(&mut tracer.stdout.take().expect("stdout"), &mut line);
     let by = tracer.id().to_string();
-    let outcome = ["check", "apply"].iter().try_for_each(|what| {
+    let refused = |what: &&str| {
         livepatch(&[what, &pid, s(&fix)]).expect_no_crash()?.expect_code(6)?.expect_says(&["trace", &by]).map(drop)
-    });
+    };
+    let outcome =
+        held.map_err(|e| format!("no tracer: {e}")).and_then(|()| ["check", "apply"].iter().try_for_each(refused));
     let _ = tracer.kill();
     let _ = tracer.wait();
     outcome?;

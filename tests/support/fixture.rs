@@ -63,17 +63,13 @@ fn parse(path: &Path) -> Fixture {
     let first_unit = format!("fixture.{}", path.extension().and_then(|s| s.to_str()).expect("an extension"));
     let mut f = Fixture { name, language: language(path), ..Fixture::default() };
     let mut into = [true, true];
-    for side in 0..2 {
-        f.units[side].push((first_unit.clone(), String::new()));
-    }
+    f.units.iter_mut().for_each(|units| units.push((first_unit.clone(), String::new())));
     for line in text.lines() {
         let Some(directive) = line.strip_prefix("//#") else {
-            for side in 0..2 {
-                if into[side] {
-                    let unit = f.units[side].last_mut().expect("the first unit");
-                    unit.1 += line;
-                    unit.1 += "\n";
-                }
+            for (units, _) in f.units.iter_mut().zip(into).filter(|(_, taken)| *taken) {
+                let unit = units.last_mut().expect("the first unit");
+                unit.1 += line;
+                unit.1 += "\n";
             }
             continue;
         };
@@ -141,7 +137,7 @@ impl Fixture {
             return Ok(out);
         }
         let io = |e: std::io::Error| format!("{}: {e}", dir.display());
-        for side in 0..2 {
+        for (side, program) in out.iter().enumerate() {
             let _ = std::fs::remove_dir_all(&work);
             std::fs::create_dir_all(&work).map_err(io)?;
             for (name, text) in common_text().iter().chain(&self.units[side]) {
@@ -149,10 +145,10 @@ impl Fixture {
                 std::fs::create_dir_all(path.parent().expect("a folder")).map_err(io)?;
                 std::fs::write(path, text).map_err(io)?;
             }
-            let ran = run(self.compiler(side, &out[side]).current_dir(&work));
+            let ran = run(self.compiler(side, program).current_dir(&work));
             ran.expect_code(0)?;
             if self.strip {
-                run(Command::new("strip").arg(&out[side])).expect_code(0)?;
+                run(Command::new("strip").arg(program)).expect_code(0)?;
             }
         }
         std::fs::write(stamped, stamp).map_err(io)?;
