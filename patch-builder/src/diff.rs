@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::build::{FuncId, Lines};
 use crate::compare::{Comparer, LineProof, Noise};
 use crate::lift::Target;
-use crate::pair::Pairing;
+use crate::pairing::Pairing;
 use crate::side::Side;
 
 /// What differs between two builds.

@@ -6,7 +6,7 @@ use crate::build::{demangle, DynKind, ObjId, Object};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::Diff;
 use crate::lift::{resolve, Target};
-use crate::pair::Pairing;
+use crate::pairing::Pairing;
 use crate::report::Refusal;
 use crate::side::Side;
 

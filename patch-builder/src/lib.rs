@@ -17,6 +17,7 @@ pub mod emit;
 pub mod guard;
 pub mod lift;
 pub mod pair;
+pub mod pairing;
 mod pipeline;
 pub mod report;
 pub mod select;

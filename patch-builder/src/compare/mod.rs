@@ -12,7 +12,7 @@ pub use data::{place, slot, Place};
 
 use crate::build::{FuncId, Lines};
 use crate::lift::{Access, Ref, Target};
-use crate::pair::Pairing;
+use crate::pairing::Pairing;
 use crate::side::Side;
 
 /// A difference that is recognised as noise.

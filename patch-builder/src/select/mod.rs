@@ -13,7 +13,7 @@ use crate::build::{demangle, FuncId, Personality};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::{companions, Diff};
 use crate::lift::{Access, Field};
-use crate::pair::Pairing;
+use crate::pairing::Pairing;
 use crate::report::Refusal;
 use crate::side::Side;
 
