@@ -419,6 +419,38 @@ fn a_patch_with_a_flipped_byte() -> Outcome {
     Ok(())
 }
 
+/// Offset and length of every allocated section of a file, by name.
+fn loaded_sections(path: &Path) -> Vec<(String, usize, usize)> {
+    let table = run(Command::new("readelf").arg("-SW").arg(path)).stdout;
+    let rows = table
+        .lines()
+        .filter_map(|line| line.split_once("] "))
+        .map(|(_, row)| row.split_whitespace().collect::<Vec<_>>());
+    let number = |text: &str| usize::from_str_radix(text, 16).expect("hex");
+    rows.filter(|row| row.len() > 7 && row[6].contains('A'))
+        .map(|row| (row[0].to_owned(), number(row[3]), number(row[4])))
+        .collect()
+}
+
+#[test]
+fn a_patch_with_damage_in_what_would_be_loaded() -> Outcome {
+    let ([old, _], fix) = fee();
+    let sections = loaded_sections(&fix);
+    if !sections.iter().any(|(name, ..)| name == ".text") {
+        return Err(format!("no .text in {sections:?}"));
+    }
+    for (name, start, size) in sections {
+        for at in (start..start + size).step_by(size.div_ceil(25).max(1)) {
+            let patch = changed_copy(&fix, "damaged.so", |b| b[at] ^= 0x10);
+            leaves_untouched(&old, "apply", &patch, |r, _| match r.code {
+                1 | 3 => Ok(()),
+                code => Err(format!("byte {} of {name}: exit {code}, expected 1 or 3", at - start)),
+            })?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn wrong_usage() -> Outcome {
     for args in
