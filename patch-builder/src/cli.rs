@@ -216,6 +216,9 @@ fn inspect(path: &Path, json: bool) -> ExitCode {
         }
         out += "\n";
     }
+    for a in &m.allowances {
+        out += &format!("  allowed {a}\n");
+    }
     for s in &m.statics {
         out += &format!("  static  {}  [{} bytes at {:#x}]\n", s.name, s.size, s.at);
     }
@@ -225,7 +228,7 @@ fn inspect(path: &Path, json: bool) -> ExitCode {
 
 fn flags(language: &str) -> &'static str {
     match language {
-        "rust" => "-Csymbol-mangling-version=v0 -Ccodegen-units=1 -Cdebuginfo=2 -Clink-arg=-Wl,--emit-relocs -Clink-arg=-Wl,--build-id\n",
+        "rust" => "-Csymbol-mangling-version=v0 -Ccodegen-units=1 -Cdebuginfo=2 -Cstrip=none -Clink-arg=-Wl,--emit-relocs -Clink-arg=-Wl,--build-id\n",
         _ => "-g -O2 -ffunction-sections -fdata-sections -Wl,--emit-relocs -Wl,--build-id\n",
     }
 }

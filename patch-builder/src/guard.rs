@@ -27,7 +27,7 @@ pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> 
     guard.out
 }
 
-const RESTART: &str = "data of the running process keeps its value: set it from a hook, or restart";
+const RESTART: &str = "data of the running process keeps its value: keep the old one in the source, or restart";
 
 struct Guard<'a, 'd> {
     old: &'a Side<'d>,
@@ -129,7 +129,7 @@ impl<'d> Guard<'_, 'd> {
             out
         };
         let (a, b) = (list(self.old), list(self.new));
-        const REMEDY: &str = "start-up code has run already and will not run again: do its work in a hook, or restart";
+        const REMEDY: &str = "start-up code has run already and will not run again: leave it as it was, or restart";
         if a.len() != b.len() {
             let message =
                 format!("the program has {} constructors and destructors, the new build {}", a.len(), b.len());

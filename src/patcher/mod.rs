@@ -10,7 +10,7 @@ use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
 use crate::plan::Refusal;
-use crate::process::ptrace::PtraceProcess;
+use crate::process::ptrace::{PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
@@ -139,6 +139,7 @@ impl Patcher {
     ///
     /// It was not applied; nothing was changed.
     pub fn apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
+        let _undisturbed = Undisturbed::begin();
         let deadline = Instant::now() + options.timeout;
         let mut report = self.report("apply", &patch.manifest.name);
         let inspected = self.inspect(patch, options)?;
@@ -195,6 +196,7 @@ impl Patcher {
     ///
     /// It was not reverted; nothing was changed.
     pub fn revert(&mut self, name: Option<&str>, options: &Options) -> Result<Report, Error> {
+        let _undisturbed = Undisturbed::begin();
         let deadline = Instant::now() + options.timeout;
         let mut records = self.records()?;
         records.retain(|r| r.mutable.state == State::Applied);
@@ -385,7 +387,8 @@ struct Inspected {
 /// with each handler (sigaction(2), sa_restorer).
 fn signal_returns<M: ReadMemory + ?Sized>(memory: &M, images: &[Image], maps: &[Mapping]) -> Vec<Watched> {
     const RT_SIGRETURN: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
-    let is_libc = |i: &&Image| ["libc.", "libc-", "ld-musl", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
+    let is_libc =
+        |i: &&Image| ["libc.", "libc-", "ld-musl", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
     let mut out = Vec::new();
     for image in images.iter().filter(is_libc) {
         for code in maps.iter().filter(|m| m.execute && image.range.overlaps(&m.range)) {
@@ -393,7 +396,11 @@ fn signal_returns<M: ReadMemory + ?Sized>(memory: &M, images: &[Image], maps: &[
             for at in memchr::memmem::find_iter(&bytes, &RT_SIGRETURN) {
                 let start = code.range.start.checked_add(at as u64);
                 let range = start.and_then(|s| ProcRange::new(s, RT_SIGRETURN.len() as u64));
-                out.extend(range.map(|range| Watched { name: "a signal frame".into(), range, part: Part::SignalReturn }));
+                out.extend(range.map(|range| Watched {
+                    name: "a signal frame".into(),
+                    range,
+                    part: Part::SignalReturn,
+                }));
             }
         }
     }

@@ -89,9 +89,6 @@ impl Layout<'_, '_> {
     }
 }
 
-/// Room behind a function for the islands of its short branches.
-const ISLAND_LEN: u64 = 5;
-
 /// Writes the patch.
 ///
 /// # Errors
@@ -142,8 +139,7 @@ pub fn emit(
         let align = 1u64 << new.build.func(*id).addr.trailing_zeros().clamp(4, 6);
         cursor = cursor.next_multiple_of(align);
         layout.funcs.insert(*id, cursor);
-        let islands = c.fixups.iter().filter(|f| f.store == Store::Pc8).count() as u64;
-        cursor += c.bytes.len() as u64 + islands * ISLAND_LEN;
+        cursor += c.len_with_islands();
     }
     for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Stub) {
         cursor = cursor.next_multiple_of(piece.align);
@@ -203,7 +199,7 @@ pub fn emit(
     }
     let mut symbols: Vec<OutSymbol> = Vec::new();
     for (id, at) in &layout.funcs {
-        let size = selection.functions[id].bytes.len() as u64;
+        let size = selection.functions[id].len_with_islands();
         symbols.push(OutSymbol { name: new.build.func(*id).name().to_owned(), at: *at, size, func: true });
     }
     for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static) {
@@ -367,7 +363,7 @@ fn manifest(
             status: Status::New,
             reason: c.reason.clone(),
             new_at: layout.funcs[id],
-            new_size: c.bytes.len() as u64,
+            new_size: c.len_with_islands(),
             source: diff.lines.1.source(func.addr),
             old: None,
         };

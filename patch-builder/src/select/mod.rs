@@ -109,6 +109,18 @@ pub struct Carried {
     pub part: bool,
 }
 
+/// Bytes of an island: a `jmp rel32` behind a function that a short branch is led over.
+const ISLAND_LEN: u64 = 5;
+
+impl Carried {
+    /// Its length with the islands of its short branches behind it.
+    #[must_use]
+    pub fn len_with_islands(&self) -> u64 {
+        let islands = self.fixups.iter().filter(|f| f.store == Store::Pc8).count() as u64;
+        self.bytes.len() as u64 + islands * ISLAND_LEN
+    }
+}
+
 /// Everything that goes into the patch.
 pub struct Selection {
     /// Functions, by the new build's order.

@@ -23,6 +23,7 @@ mod sys;
 mod tracee;
 
 pub use hold::PtraceHeld;
+pub use sys::Undisturbed;
 
 /// A process, seen from outside.
 #[derive(Debug)]

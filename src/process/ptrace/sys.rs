@@ -314,3 +314,33 @@ impl Drop for Priority {
         }
     }
 }
+
+/// While it lives, the signals with which people end a command wait: what was begun is finished or undone first.
+pub struct Undisturbed(Option<libc::sigset_t>);
+
+impl Undisturbed {
+    /// Blocks SIGINT, SIGTERM, SIGHUP and SIGQUIT for this thread.
+    pub fn begin() -> Self {
+        // SAFETY: an all-zero sigset_t is a valid value to initialise.
+        let (mut ends, mut before): (libc::sigset_t, libc::sigset_t) =
+            unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+        // SAFETY: both sets are ours and live through the calls.
+        let blocked = unsafe {
+            libc::sigemptyset(&raw mut ends);
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+                libc::sigaddset(&raw mut ends, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const ends, &raw mut before)
+        };
+        Self((blocked == 0).then_some(before))
+    }
+}
+
+impl Drop for Undisturbed {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            // SAFETY: the set is the one that the kernel gave us; where the old one is stored is not wanted.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before, std::ptr::null_mut()) };
+        }
+    }
+}
