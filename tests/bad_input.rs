@@ -243,6 +243,13 @@ fn no_such_process() -> Outcome {
     // A number that no process can have, and one that is none at all.
     livepatch(&["apply", "2147483000", s(&fix)]).expect_code(6)?.expect_says(&["2147483000"])?;
     livepatch(&["apply", "abc", s(&fix)]).expect_code(2)?;
+    // A thread of the kernel, where they can be seen.
+    if std::fs::read_to_string("/proc/2/comm").is_ok_and(|name| name.trim() == "kthreadd") {
+        for args in [vec!["check", "2", s(&fix)], vec!["apply", "2", s(&fix)], vec!["revert", "2"], vec!["status", "2"]]
+        {
+            livepatch(&args).expect_no_crash()?.expect_code(6)?.expect_says(&["kernel"])?;
+        }
+    }
     Ok(())
 }
 
@@ -263,13 +270,17 @@ fn a_process_that_has_ended_but_was_not_waited_for() -> Outcome {
 fn a_process_that_ends_meanwhile() -> Outcome {
     let ([old, _], fix) = fee();
     let mut codes = std::collections::BTreeMap::new();
-    for round in 0..40 {
+    for round in 0..120 {
         let mut program = Program::start(&old);
         program.ask("fee 70")?;
         let pid = program.pid().to_string();
         let fix = s(&fix).to_owned();
-        let apply = std::thread::spawn(move || livepatch(&["apply", &pid, &fix]));
-        std::thread::sleep(std::time::Duration::from_micros(300 * round));
+        let apply = std::thread::spawn(move || match round % 3 {
+            0 => livepatch(&["apply", &pid, &fix]),
+            1 => livepatch(&["check", &pid, &fix]),
+            _ => livepatch(&["status", &pid]),
+        });
+        std::thread::sleep(std::time::Duration::from_micros(100 * round));
         program.kill();
         let ran = apply.join().map_err(|_| "the test's own thread panicked")?;
         ran.expect_no_crash()?;
@@ -453,9 +464,17 @@ fn a_patch_with_damage_in_what_would_be_loaded() -> Outcome {
 
 #[test]
 fn wrong_usage() -> Outcome {
-    for args in
-        [vec![], vec!["frobnicate"], vec!["apply"], vec!["apply", "1"], vec!["apply", "--no-such-option", "1", "x.so"]]
-    {
+    for args in [
+        vec![],
+        vec!["frobnicate"],
+        vec!["apply"],
+        vec!["apply", "1"],
+        vec!["apply", "fix.so"],
+        vec!["check", "fix.so"],
+        vec!["revert"],
+        vec!["apply", "1", "2"],
+        vec!["apply", "--no-such-option", "1", "x.so"],
+    ] {
         livepatch(&args).expect_no_crash()?.expect_code(2)?;
     }
     for args in [vec![], vec!["only-one"], vec!["a", "b", "--no-such-option"], vec!["flags", "cobol"]] {

@@ -236,8 +236,11 @@ impl PatchArgs {
         if let Some(rule) = self.allow.iter().find(|r| *r != "contexts") {
             return Err(usage(&format!("--allow {rule}: no such rule; known: contexts")));
         }
-        let patch = read_patch(file, self.common.json)?;
+        if file.parse::<i32>().is_ok() && !Path::new(file).exists() {
+            return Err(usage(&format!("{file:?} is a PID: give the patch file after it")));
+        }
         let pids = self.which.pids(&pids).map_err(|e| usage(&e))?;
+        let patch = read_patch(file, self.common.json)?;
         if pids.is_empty() {
             eprintln!("livepatch: no process matches");
             return Err(6);

@@ -80,7 +80,12 @@ impl Error {
         match self {
             Self::Refused { .. } => 3,
             Self::NotQuiescent(_) | Self::Process(ProcessError::NoIdleThread { .. }) => 4,
-            Self::Process(ProcessError::Gone(_) | ProcessError::Permission { .. } | ProcessError::Traced { .. }) => 6,
+            Self::Process(
+                ProcessError::Gone(_)
+                | ProcessError::KernelThread(_)
+                | ProcessError::Permission { .. }
+                | ProcessError::Traced { .. },
+            ) => 6,
             _ => 1,
         }
     }

@@ -10,7 +10,7 @@ use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
 use crate::plan::Refusal;
-use crate::process::ptrace::{PtraceProcess, Undisturbed};
+use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
@@ -101,8 +101,14 @@ impl Patcher {
     ///
     /// There is no such process, or we may not.
     pub fn open(pid: Pid) -> Result<Self, Error> {
-        let process = PtraceProcess::open(pid)?;
-        let maps = process.mappings()?;
+        let process = match PtraceProcess::open(pid) {
+            Err(e) if !matches!(e, ProcessError::KernelThread(_)) => {
+                unless_ended(pid, procfs::has_ended, Err(e.into()))
+            }
+            other => Ok(other?),
+        }?;
+        let maps = process.mappings();
+        let maps = unless_ended(pid, |_| process.has_ended(), maps.map_err(Error::from))?;
         let images = crate::image::find_images(&process, &maps);
         Ok(Self { process, maps, images })
     }
@@ -118,7 +124,7 @@ impl Patcher {
     ///
     /// Why it would not.
     pub fn check(&self, patch: &PatchFile, options: &Options) -> Result<CheckReport, Error> {
-        let inspected = self.inspect(patch, options)?;
+        let inspected = self.unless_ended(self.inspect(patch, options))?;
         let mut report = CheckReport {
             pid: self.process.pid().0,
             patch: patch.manifest.name.clone(),
@@ -139,6 +145,11 @@ impl Patcher {
     ///
     /// It was not applied; nothing was changed.
     pub fn apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
+        let result = self.try_apply(patch, options);
+        self.unless_ended(result)
+    }
+
+    fn try_apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
         let _undisturbed = Undisturbed::begin();
         let deadline = Instant::now() + options.timeout;
         let mut report = self.report("apply", &patch.manifest.name);
@@ -196,6 +207,11 @@ impl Patcher {
     ///
     /// It was not reverted; nothing was changed.
     pub fn revert(&mut self, name: Option<&str>, options: &Options) -> Result<Report, Error> {
+        let result = self.try_revert(name, options);
+        self.unless_ended(result)
+    }
+
+    fn try_revert(&mut self, name: Option<&str>, options: &Options) -> Result<Report, Error> {
         let _undisturbed = Undisturbed::begin();
         let deadline = Instant::now() + options.timeout;
         let mut records = self.records()?;
@@ -255,6 +271,11 @@ impl Patcher {
         }
     }
 
+    /// What failed because the process has ended did not fail for the reason that it seems to.
+    fn unless_ended<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        unless_ended(self.process.pid(), |_| self.process.has_ended(), result)
+    }
+
     /// The records of this process, in the order of their apply.
     fn records(&self) -> Result<Vec<registry::Found>, Error> {
         registry::find(&self.process, &self.process.mappings()?).map_err(|broken| {
@@ -285,6 +306,21 @@ impl Report {
         let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
         (self.pause_us, self.sleepers_us) = (us(times.pause_ns), us(times.sleepers_ns));
         (self.threads, self.attempts) = (times.threads, attempts);
+    }
+}
+
+/// `result`, or that the process has ended: its memory goes first, and looks like many other things then.
+fn unless_ended<T>(pid: Pid, has_ended: impl Fn(Pid) -> bool, result: Result<T, Error>) -> Result<T, Error> {
+    // A thread that was killed takes a moment until that shows.
+    const MOMENT: Duration = Duration::from_millis(1);
+    let later = || {
+        std::thread::sleep(MOMENT);
+        has_ended(pid)
+    };
+    let permission = |e: &Error| matches!(e, Error::Process(ProcessError::Permission { .. }));
+    match result {
+        Err(e) if has_ended(pid) || !permission(&e) && later() => Err(ProcessError::Gone(pid).into()),
+        other => other,
     }
 }
 

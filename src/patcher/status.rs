@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
-use crate::process::{Pid, Process};
+use crate::process::{Pid, Process, ProcessError};
 use crate::registry::State;
 use crate::transaction::Applied;
 
@@ -53,6 +53,15 @@ impl Patcher {
     ///
     /// The process is gone or a record is damaged.
     pub fn status(&self) -> Result<ProcessStatus, Error> {
+        let status = self.unless_ended(self.try_status())?;
+        // Damage, too, may be no more than its end.
+        if status.patches.iter().any(|p| p.damage.is_some()) && self.process.has_ended() {
+            return Err(ProcessError::Gone(self.process.pid()).into());
+        }
+        Ok(status)
+    }
+
+    fn try_status(&self) -> Result<ProcessStatus, Error> {
         let pid = self.process.pid();
         let image = self.executable()?;
         let patches = self.records()?.into_iter().map(|found| {

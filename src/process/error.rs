@@ -10,6 +10,9 @@ pub enum ProcessError {
     /// There is no such process, or it has ended.
     #[error("no process {0}: it has ended or never was; nothing was changed")]
     Gone(Pid),
+    /// It is none: the kernel's own.
+    #[error("{0} is a thread of the kernel, not a process")]
+    KernelThread(Pid),
     /// The kernel does not let us.
     #[error("no permission to {what} of process {pid}: run as its user or as root, and see /proc/sys/kernel/yama/ptrace_scope")]
     Permission {

@@ -62,6 +62,9 @@ impl PtraceProcess {
         if matches!(status.state, 'Z' | 'X') {
             return Err(ProcessError::Gone(pid));
         }
+        if procfs::is_kernel_thread(pid) {
+            return Err(ProcessError::KernelThread(pid));
+        }
         if status.tracer != 0 {
             return Err(traced_by(pid, status.tracer));
         }
@@ -95,11 +98,19 @@ impl PtraceProcess {
         sys::is_alive(&self.pidfd) && procfs::start_time(self.pid).is_ok_and(|t| t == self.start_time)
     }
 
+    /// Whether it has ended or is about to, so that nothing else about it need be true any more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        !self.is_alive() || procfs::has_ended(self.pid)
+    }
+
     /// Other processes that share its memory: children of vfork(2) and the like.
     #[must_use]
     pub fn sharers(&self) -> Vec<Pid> {
         let mut others = procfs::processes();
-        others.retain(|p| *p != self.pid && sys::share_memory(self.pid.0, p.0) == Some(true));
+        // Having none is not sharing: kernel threads, and this process itself if it ends meanwhile.
+        let has_memory = |p: Pid| procfs::Status::of(p).is_ok_and(|s| s.memory);
+        others.retain(|p| *p != self.pid && sys::share_memory(self.pid.0, p.0) == Some(true) && has_memory(*p));
         others
     }
 
@@ -218,12 +229,23 @@ impl Process for PtraceProcess {
     }
 
     fn mappings(&self) -> Result<Vec<Mapping>, ProcessError> {
-        let text =
-            std::fs::read(format!("/proc/{}/maps", self.pid)).map_err(|e| self.os_error("read /proc/PID/maps", e))?;
-        if text.is_empty() {
-            return Err(ProcessError::Gone(self.pid));
+        // The kernel hands it out a page at a time: what changes in between may be in two of them, and differ.
+        const TRIES: usize = 8;
+        let path = format!("/proc/{}/maps", self.pid);
+        let mut tries = 0..TRIES;
+        loop {
+            let text = std::fs::read(&path).map_err(|e| self.os_error("read /proc/PID/maps", e))?;
+            if text.is_empty() {
+                return Err(ProcessError::Gone(self.pid));
+            }
+            match maps::parse(&text) {
+                Ok(maps) => return Ok(maps),
+                Err(e) if tries.next().is_none() => {
+                    return Err(ProcessError::Proc { pid: self.pid, what: e.to_string() });
+                }
+                Err(_) => std::thread::yield_now(),
+            }
         }
-        maps::parse(&text).map_err(|e| ProcessError::Proc { pid: self.pid, what: e.to_string() })
     }
 
     fn remote(&mut self, calls: &[RemoteCall], deadline: Instant) -> Result<(), ProcessError> {

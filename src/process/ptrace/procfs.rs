@@ -28,6 +28,10 @@ pub struct Status {
     pub name: String,
     /// `PPid`.
     pub parent: i32,
+    /// `VmSize` is there: it has memory. A kernel thread never has, a process no more once it exits.
+    pub memory: bool,
+    /// SIGKILL is on its way to it, or its core is being dumped.
+    pub dying: bool,
 }
 
 impl Status {
@@ -38,11 +42,15 @@ impl Status {
         for line in text.lines() {
             let Some((key, value)) = line.split_once(':') else { continue };
             let value = value.trim();
+            let kill = || u64::from_str_radix(value, 16).is_ok_and(|set| set & 1 << (libc::SIGKILL - 1) != 0);
             match key {
                 "Name" => value.clone_into(&mut status.name),
                 "State" => status.state = value.chars().next().unwrap_or('?'),
                 "TracerPid" => status.tracer = value.parse().unwrap_or(0),
                 "PPid" => status.parent = value.parse().unwrap_or(0),
+                "VmSize" => status.memory = true,
+                "CoreDumping" => status.dying |= value == "1",
+                "SigPnd" | "ShdPnd" => status.dying |= kill(),
                 "Seccomp" => status.seccomp = value.parse().unwrap_or(0),
                 "x86_Thread_features" => status.shadow_stack = value.split(' ').any(|f| f == "shstk"),
                 _ => {}
@@ -62,13 +70,47 @@ impl Status {
     }
 }
 
+/// The fields of a stat file (proc(5)) from the third one on: the name before them may hold anything.
+fn stat_fields(path: &str) -> io::Result<Vec<String>> {
+    let stat = read_short(path)?;
+    let after = stat.iter().rposition(|b| *b == b')').map_or(0, |at| at + 2);
+    let text = String::from_utf8_lossy(stat.get(after..).unwrap_or(&[])).into_owned();
+    Ok(text.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
+/// Field 9 of a stat file.
+fn flags(path: &str) -> io::Result<u64> {
+    let flags = stat_fields(path)?.get(6).and_then(|f| f.parse().ok());
+    flags.ok_or_else(|| io::Error::other("stat is not as documented"))
+}
+
+/// Whether a process has ended or is about to: whatever else is found out about it then may be wrong.
+#[must_use]
+pub fn has_ended(pid: Pid) -> bool {
+    const PF_EXITING: u64 = 0x4;
+    let gone = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH));
+    let ended = match Status::of(pid) {
+        Ok(s) => matches!(s.state, 'Z' | 'X') || !s.memory || s.dying,
+        Err(e) => gone(&e),
+    };
+    ended
+        || match flags(&format!("/proc/{pid}/stat")) {
+            Ok(flags) => flags & PF_EXITING != 0,
+            Err(e) => gone(&e),
+        }
+}
+
+/// Whether it is a thread of the kernel (PF_KTHREAD).
+#[must_use]
+pub fn is_kernel_thread(pid: Pid) -> bool {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    flags(&format!("/proc/{pid}/stat")).is_ok_and(|flags| flags & PF_KTHREAD != 0)
+}
+
 /// Start time of a process in clock ticks since boot: together with the PID it names one process for ever.
 pub fn start_time(pid: Pid) -> io::Result<u64> {
-    let stat = read_short(&format!("/proc/{pid}/stat"))?;
-    // The name may hold anything, so count from its closing parenthesis: state is field 3, start time 22.
-    let after = stat.iter().rposition(|b| *b == b')').unwrap_or(0);
-    let text = String::from_utf8_lossy(stat.get(after..).unwrap_or(&[])).into_owned();
-    let field = text.split(' ').nth(20).and_then(|f| f.trim().parse().ok());
+    // Field 22.
+    let field = stat_fields(&format!("/proc/{pid}/stat"))?.get(19).and_then(|f| f.parse().ok());
     field.ok_or_else(|| io::Error::other("stat is not as documented"))
 }
 
@@ -101,11 +143,7 @@ pub fn thread_count(pid: Pid) -> io::Result<usize> {
 #[must_use]
 pub fn is_io_worker(pid: Pid, tid: Tid) -> bool {
     const PF_IO_WORKER: u64 = 0x10;
-    let stat = read_short(&format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
-    let after = stat.iter().rposition(|b| *b == b')').unwrap_or(0);
-    let text = String::from_utf8_lossy(stat.get(after..).unwrap_or(&[])).into_owned();
-    // State is field 3, flags are field 9.
-    text.split(' ').nth(7).and_then(|f| f.parse::<u64>().ok()).is_some_and(|flags| flags & PF_IO_WORKER != 0)
+    flags(&format!("/proc/{pid}/task/{tid}/stat")).is_ok_and(|flags| flags & PF_IO_WORKER != 0)
 }
 
 /// How often a thread has been put on a CPU (schedstat, field 3); 0 if the kernel does not count.
@@ -164,10 +202,21 @@ mod tests {
     #[test]
     fn status_lines_are_read() {
         let status = Status::parse(
-            "Name:\ta b\nState:\tS (sleeping)\nPPid:\t7\nTracerPid:\t42\nSeccomp:\t2\nSeccomp_filters:\t1\nx86_Thread_features:\tshstk wrss\n",
+            "Name:\ta b\nState:\tS (sleeping)\nPPid:\t7\nTracerPid:\t42\nVmSize:\t 8 kB\nShdPnd:\t0000000000000100\nSeccomp:\t2\nSeccomp_filters:\t1\nx86_Thread_features:\tshstk wrss\n",
         );
-        let expected = Status { state: 'S', tracer: 42, seccomp: 2, shadow_stack: true, name: "a b".into(), parent: 7 };
+        let expected = Status {
+            state: 'S',
+            tracer: 42,
+            seccomp: 2,
+            shadow_stack: true,
+            name: "a b".into(),
+            parent: 7,
+            memory: true,
+            dying: true,
+        };
         assert_eq!(status, expected);
+        assert!(!Status::parse("SigPnd:\tfffffffffffffeff\nCoreDumping:\t0\n").dying);
+        assert!(Status::parse("CoreDumping:\t1\n").dying);
         assert!(!Status::parse("x86_Thread_features:\t\n").shadow_stack);
     }
 
@@ -188,6 +237,8 @@ mod tests {
         assert!(!threads(pid).unwrap().is_empty());
         assert!(thread_count(pid).unwrap() >= 1);
         assert!(!is_io_worker(pid, Tid(pid.0)));
+        assert!(!has_ended(pid) && !is_kernel_thread(pid));
+        assert!(has_ended(Pid(i32::MAX)));
         assert!(processes().contains(&pid));
         assert!(auxiliary(pid, 3).is_some());
     }
