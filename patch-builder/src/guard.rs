@@ -2,7 +2,7 @@
 //! types: initial values and sizes of data, thread-locals, constructors, and
 //! functions that were folded into one.
 
-use crate::build::{demangle, DynKind, ObjId, Object};
+use crate::build::{demangle, DynKind, FuncId, ObjId, Object};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::Diff;
 use crate::lift::{resolve, Target};
@@ -24,6 +24,7 @@ pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> 
     guard.thread_locals();
     guard.constructors(diff);
     guard.folded();
+    guard.lost_functions();
     guard.out
 }
 
@@ -146,6 +147,35 @@ impl<'d> Guard<'_, 'd> {
                 self.refuse("constructor", &name, "{} runs at start-up and changed".into(), REMEDY);
             }
         }
+    }
+
+    /// Functions of which nobody can say what became of them, while something holds their address.
+    fn lost_functions(&mut self) {
+        for (f, name) in &self.pairing.ambiguous_functions {
+            if self.is_held(*f) {
+                let message = "it can't be told which new function {} is, and the program holds its address".into();
+                self.refuse("ambiguous", name, message, "give the functions different names, or change one at a time");
+            }
+        }
+    }
+
+    /// Whether code or data of the old build holds the address of a function.
+    fn is_held(&self, id: FuncId) -> bool {
+        let build = &self.old.build;
+        let at = build.func(id).addr;
+        let in_code = self.old.callers(id).iter().any(|caller| {
+            let refs = &self.old.lifted[*caller as usize].refs;
+            refs.iter().any(|r| r.target == Target::Func(id, 0) && Side::takes_address(r.access))
+        });
+        let in_data = |r: &DynKind<'_>| match r {
+            DynKind::Relative(to) => *to == at,
+            DynKind::Own(to, addend) => to.wrapping_add_signed(*addend) == at,
+            _ => false,
+        };
+        in_code
+            || build.exported.contains(&at)
+            || build.dynamic.values().any(|r| in_data(&r.kind))
+            || build.relocs.iter().any(|r| r.kind == 1 && build.rel_sym(r).value.wrapping_add_signed(r.addend) == at)
     }
 
     fn folded(&mut self) {

@@ -21,6 +21,8 @@ pub struct Pairing {
     pub splits: Vec<(FuncId, FuncId, FuncId)>,
     /// Names of which it can't be said which variable is which.
     pub ambiguous: HashSet<String>,
+    /// Old functions without new version whose name unpaired new functions have, too.
+    pub ambiguous_functions: Vec<(FuncId, String)>,
 }
 
 impl Pairing {
