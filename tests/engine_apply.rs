@@ -167,7 +167,7 @@ fn processes_that_cannot_be_patched_are_told_apart() {
     run(&["apply", "4194305", fix], 6);
     run(&["apply", "0", fix], 6);
     run(&["apply", "x", fix], 2);
-    run(&["apply", "1"], 1);
+    run(&["apply", "1"], 2);
     run(&["canary", "1", "x", "10"], 2);
     run(&["revert"], 2);
     let text = case.folder.join("text");

@@ -254,6 +254,9 @@ fn old_function(old: &Old, name: &str) -> OldFunction {
     }
 }
 
+/// Type of the note that holds the digest (docs/patch-format.md).
+const NOTE_TYPE_DIGEST: u32 = 2;
+
 /// A patch file, as docs/patch-format.md says.
 fn elf(
     manifest: &Manifest,
@@ -261,16 +264,21 @@ fn elf(
     relocs: &[(u64, u32, bool, u64, i64)],
     eh_frame: Option<(u64, u64)>,
 ) -> Vec<u8> {
-    let mut note = Vec::new();
+    let note = |kind: u32, desc: &[u8]| {
+        let mut note = Vec::new();
+        note.extend((NOTE_NAME.len() as u32 + 1).to_le_bytes());
+        note.extend((desc.len() as u32).to_le_bytes());
+        note.extend(kind.to_le_bytes());
+        note.extend(NOTE_NAME.as_bytes());
+        note.push(0);
+        note.resize(note.len().next_multiple_of(4), 0);
+        note.extend(desc);
+        note.resize(note.len().next_multiple_of(4), 0);
+        note
+    };
     let desc: Vec<u8> = FORMAT_VERSION.to_le_bytes().into_iter().chain(manifest.target.build_id.0.clone()).collect();
-    note.extend((NOTE_NAME.len() as u32 + 1).to_le_bytes());
-    note.extend((desc.len() as u32).to_le_bytes());
-    note.extend(NOTE_TYPE_TARGET.to_le_bytes());
-    note.extend(NOTE_NAME.as_bytes());
-    note.push(0);
-    note.resize(note.len().next_multiple_of(4), 0);
-    note.extend(&desc);
-    note.resize(note.len().next_multiple_of(4), 0);
+    let note = [note(NOTE_TYPE_TARGET, &desc), note(NOTE_TYPE_DIGEST, &[0; 32])].concat();
+    let digest_in_note = note.len() - 32;
 
     let phnum = pieces.len() + 1;
     let mut out = vec![0u8; 64 + 56 * phnum];
@@ -365,6 +373,10 @@ fn elf(
         head.extend(v.to_le_bytes());
     }
     out[..64].copy_from_slice(&head);
+    // Over the file with zeros where it goes.
+    let digest = sha2::Sha256::digest(&out);
+    let at = note_at as usize + digest_in_note;
+    out[at..at + 32].copy_from_slice(&digest);
     out
 }
 
