@@ -205,22 +205,18 @@ impl Family<'_, '_> {
             _ if self.is_numbered() => {}
             // Copies of one name (codegen units hold several, each with other constants propagated into it) and
             // equal names in several files are told apart by who calls them.
-            _ => {
+            ([f], [g]) if self.meet(pairing, *f, *g) => pairs.push((*f, *g)),
+            _ if self.with_file && all_olds.len() == all_news.len() => {
                 for f in &left {
                     let named: Vec<FuncId> = free.iter().copied().filter(|g| self.own_name(*f, *g)).collect();
-                    let rivals =
-                        left.iter().filter(|e| self.kin.0[**e as usize][0].own == self.kin.0[*f as usize][0].own);
-                    let known = self.with_file && all_olds.len() == all_news.len() && rivals.count() == 1;
-                    let met: Vec<FuncId> = free.iter().copied().filter(|g| self.meet(pairing, *f, *g)).collect();
-                    match (&named[..], &met[..]) {
-                        ([g], _) if known => pairs.push((*f, *g)),
-                        (_, [g]) if left.iter().filter(|e| self.meet(pairing, **e, *g)).count() == 1 => {
-                            pairs.push((*f, *g));
-                        }
-                        _ => {}
+                    let own = |e: FuncId| &self.kin.0[e as usize][0].own;
+                    let rivals = left.iter().filter(|e| own(**e) == own(*f)).count();
+                    if let ([g], 1) = (&named[..], rivals) {
+                        pairs.push((*f, *g));
                     }
                 }
             }
+            _ => {}
         }
         pairs
     }
