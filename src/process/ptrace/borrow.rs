@@ -110,6 +110,8 @@ impl PtraceProcess {
         tid: Tid,
         accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
     ) -> Result<Option<Borrowed>, ProcessError> {
+        let runs = procfs::run_count(self.pid, tid);
+        self.runs_before_loan.entry(tid).or_insert(runs);
         let Some(running) = self.seize(tid)? else { return Ok(None) };
         let os = |e| ProcessError::from_os(self.pid, "set a timer for", e);
         let alarm = sys::Alarm::after(STOP_WITHIN).map_err(os)?;

@@ -2,6 +2,7 @@
 //! the opposite order. What happens in between costs each thread a few microseconds: stop, registers, top of
 //! the stack, compare.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use super::tracee::{self, Running, Stopped, Waited};
@@ -15,6 +16,9 @@ const FIRST_BYTES: usize = 8 << 10;
 
 /// Threads that are stopped and checked together.
 const CHUNK: usize = 32;
+
+/// So many threads that are woken often or run are stopped together: for these, one wait after the other costs more.
+const FEW: usize = 8;
 
 /// A thread that ran more often than this, ever, is taken for one that is woken often.
 const SELDOM: u64 = 32;
@@ -69,7 +73,8 @@ impl PtraceProcess {
         let mut out: Vec<Ranked> = list
             .into_iter()
             .map(|tid| {
-                let runs = procfs::run_count(self.pid, tid);
+                let lent = self.runs_before_loan.get(&tid).copied();
+                let runs = lent.unwrap_or_else(|| procfs::run_count(self.pid, tid));
                 let before = self.first_runs.get(&tid).copied().unwrap_or(0);
                 let woken = (runs.saturating_sub(before), runs);
                 let class = match procfs::blocked_in(self.pid, tid) {
@@ -209,12 +214,13 @@ impl PtraceProcess {
         let mut buffers = vec![1u8; FIRST_BYTES * CHUNK];
         let os = |e| ProcessError::from_os(self.pid, "set a timer for", e);
         let mut stopped: Vec<HeldTracee> = Vec::with_capacity(count + 16);
+        let folder = procfs::task_folder(self.pid).map_err(|e| self.os_error("list the threads", e))?;
         let alarm = sys::Alarm::after(limits.deadline).map_err(os)?;
         let mut waiting = self.seize_all(ranked)?;
         waiting.reverse();
         let priority = sys::Priority::raise();
         let deadline = Instant::now() + limits.deadline;
-        let result = self.stop_every_one(&mut waiting, &mut stopped, deadline, check, &mut buffers);
+        let result = self.stop_every_one(&folder, &mut waiting, &mut stopped, deadline, check, &mut buffers);
         let left: Vec<Running> = waiting.into_iter().map(|w| w.thread).collect();
         let times = HoldTimes { threads: stopped.len(), ..HoldTimes::default() };
         if let Err(e) = result {
@@ -229,6 +235,7 @@ impl PtraceProcess {
     /// Stops and checks all of `waiting`, and then whatever a thread made that had begun to before it was traced.
     fn stop_every_one(
         &self,
+        folder: &File,
         waiting: &mut Vec<Waiting>,
         stopped: &mut Vec<HeldTracee>,
         deadline: Instant,
@@ -237,7 +244,7 @@ impl PtraceProcess {
     ) -> Result<(), HoldError> {
         loop {
             self.stop_all(waiting, stopped, deadline, check, buffers)?;
-            let count = procfs::thread_count(self.pid).map_err(|e| self.os_error("count the threads", e))?;
+            let count = procfs::thread_count(folder).map_err(|e| self.os_error("count the threads", e))?;
             if count == stopped.len() {
                 return Ok(());
             }
@@ -331,10 +338,12 @@ impl PtraceProcess {
     }
 }
 
-/// Asks the next threads of one class, at the end of the list, to stop; how many.
+/// Asks the next threads of one class, at the end of the list, to stop, and the running ones with the last few
+/// that are woken often; how many.
 fn ask_next(waiting: &mut [Waiting]) -> usize {
     let Some(class) = waiting.last().map(|w| w.class) else { return 0 };
-    let next = waiting.iter_mut().rev().take_while(|w| w.class == class).take(CHUNK);
+    let last = if class == Class::Often && waiting.len() <= FEW { Class::Running } else { class };
+    let next = waiting.iter_mut().rev().take_while(|w| w.class <= last).take(CHUNK);
     next.map(|w| {
         w.asked = Some(Instant::now());
         w.thread.interrupt();

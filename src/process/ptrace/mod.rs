@@ -35,6 +35,8 @@ pub struct PtraceProcess {
     own: Vec<ProcRange>,
     /// How often each thread had been put on a CPU when we first looked.
     first_runs: HashMap<Tid, u64>,
+    /// The same of threads that we borrowed, before that: what they ran for us does not count.
+    runs_before_loan: HashMap<Tid, u64>,
     syscall_at: Option<ProcAddr>,
     /// Traced threads that could not be stopped and so not be let go.
     lingering: Vec<tracee::Running>,
@@ -77,6 +79,7 @@ impl PtraceProcess {
             mem,
             own: Vec::new(),
             first_runs: HashMap::new(),
+            runs_before_loan: HashMap::new(),
             syscall_at: None,
             lingering: Vec::new(),
             poke_only: false,

@@ -132,10 +132,15 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Tid>> {
     Ok(out)
 }
 
+/// The folder that lists the threads of a process.
+pub fn task_folder(pid: Pid) -> io::Result<fs::File> {
+    fs::File::open(format!("/proc/{pid}/task"))
+}
+
 /// How many threads a process has, in one call: the links of its task folder, less its own two.
-pub fn thread_count(pid: Pid) -> io::Result<usize> {
+pub fn thread_count(task_folder: &fs::File) -> io::Result<usize> {
     use std::os::unix::fs::MetadataExt;
-    let links = fs::metadata(format!("/proc/{pid}/task"))?.nlink();
+    let links = task_folder.metadata()?.nlink();
     Ok(usize::try_from(links.saturating_sub(2)).unwrap_or(usize::MAX))
 }
 
@@ -235,7 +240,7 @@ mod tests {
         let pid = Pid(std::process::id().cast_signed());
         assert!(start_time(pid).unwrap() > 0);
         assert!(!threads(pid).unwrap().is_empty());
-        assert!(thread_count(pid).unwrap() >= 1);
+        assert!(thread_count(&task_folder(pid).unwrap()).unwrap() >= 1);
         assert!(!is_io_worker(pid, Tid(pid.0)));
         assert!(!has_ended(pid) && !is_kernel_thread(pid));
         assert!(has_ended(Pid(i32::MAX)));
