@@ -1,6 +1,6 @@
 //! Which functions changed, and what is only noise.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use rayon::prelude::*;
 
@@ -29,27 +29,67 @@ pub struct DiffOptions {
 
 type Verdicts = Vec<(FuncId, Result<Vec<Noise>, String>)>;
 
-fn compare(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, proof: LineProof<'_>, which: &[FuncId]) -> Verdicts {
-    which
-        .par_iter()
-        .map_init(
-            || Comparer::new(old, new, pairing, proof),
-            |comparer, f| match pairing.func_pair(*f) {
-                Some(g) => (*f, comparer.functions(*f, g)),
-                None => (*f, Ok(Vec::new())),
-            },
-        )
-        .collect()
+/// What comparing needs besides the functions.
+#[derive(Clone, Copy)]
+struct Frame<'a, 'd> {
+    old: &'a Side<'d>,
+    new: &'a Side<'d>,
+    pairing: &'a Pairing,
+    proof: LineProof<'a>,
+}
+
+impl Frame<'_, '_> {
+    /// One pass over `which`; what was found to differ among unnamed data is added to `doubtful`.
+    fn pass(self, which: &[FuncId], doubtful: &mut HashSet<u64>) -> Verdicts {
+        let known: &HashSet<u64> = doubtful;
+        let found: Vec<_> = which
+            .par_iter()
+            .map_init(
+                || Comparer::new(self.old, self.new, self.pairing, self.proof).doubting(known),
+                |comparer, f| {
+                    let verdict = match self.pairing.func_pair(*f) {
+                        Some(g) => comparer.functions(*f, g),
+                        None => Ok(Vec::new()),
+                    };
+                    (*f, verdict, std::mem::take(&mut comparer.unequal))
+                },
+            )
+            .collect();
+        let mut out = Vec::with_capacity(found.len());
+        for (f, verdict, unequal) in found {
+            doubtful.extend(unequal);
+            if verdict.is_err() {
+                // Whatever else it refers to was perhaps not looked at.
+                let refs = self.old.lifted[f as usize].refs.iter();
+                doubtful.extend(refs.filter_map(|r| match r.target {
+                    Target::Data(at) => Some(at),
+                    _ => None,
+                }));
+            }
+            out.push((f, verdict));
+        }
+        out
+    }
+
+    /// Passes until nothing more is doubted.
+    fn compare(self, which: &[FuncId], doubtful: &mut HashSet<u64>) -> Verdicts {
+        loop {
+            let before = doubtful.len();
+            let verdicts = self.pass(which, doubtful);
+            if doubtful.len() == before || !self.old.build.rust {
+                return verdicts;
+            }
+        }
+    }
 }
 
 /// Compares every pair of functions.
 #[must_use]
 pub fn diff(old: &Side<'_>, new: &Side<'_>, bytes: (&[u8], &[u8]), pairing: &Pairing, options: DiffOptions) -> Diff {
     let all: Vec<FuncId> = (0..old.build.funcs.len() as FuncId).filter(|f| pairing.func_pair(*f).is_some()).collect();
-    let mut changed: BTreeMap<FuncId, String> = compare(old, new, pairing, LineProof::None, &all)
-        .into_iter()
-        .filter_map(|(f, v)| v.err().map(|why| (f, why)))
-        .collect();
+    let frame = Frame { old, new, pairing, proof: LineProof::None };
+    let mut changed: BTreeMap<FuncId, String> =
+        frame.compare(&all, &mut HashSet::new()).into_iter().filter_map(|(f, v)| v.err().map(|why| (f, why))).collect();
     let mut noise = BTreeMap::new();
     let candidates: Vec<FuncId> = changed.keys().copied().collect();
     let lines = {
@@ -60,7 +100,7 @@ pub fn diff(old: &Side<'_>, new: &Side<'_>, bytes: (&[u8], &[u8]), pairing: &Pai
     };
     if !options.strict_locations {
         let proof = LineProof::Tables(&lines.0, &lines.1);
-        for (f, verdict) in compare(old, new, pairing, proof, &candidates) {
+        for (f, verdict) in (Frame { proof, ..frame }).compare(&candidates, &mut HashSet::new()) {
             if let Ok(seen) = verdict {
                 changed.remove(&f);
                 noise.insert(f, seen);

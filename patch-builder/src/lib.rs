@@ -21,6 +21,7 @@ pub mod pairing;
 mod pipeline;
 pub mod report;
 pub mod select;
+pub mod sets;
 pub mod side;
 pub mod verify;
 

@@ -42,6 +42,8 @@ pub enum Access {
     Exact(u32),
     /// Takes its address, or reads an unknown part.
     Extent,
+    /// Adds an index to it: what is meant may lie before or behind.
+    Indexed,
 }
 
 /// How the reference is encoded.
@@ -83,6 +85,8 @@ pub struct Lifted<'d> {
     pub refs: Vec<Ref<'d>>,
     /// Offsets that its own instructions branch to.
     pub branch_targets: Vec<u32>,
+    /// The small numbers in its instructions, ascending: lengths of slices among them.
+    pub numbers: Vec<u32>,
     /// Why it can't be carried, if it can't.
     pub unexplained: Option<String>,
 }
@@ -134,6 +138,8 @@ fn lift<'d>(build: &Build<'d>, id: FuncId) -> Lifted<'d> {
     if code.is_empty() && f.size > 0 {
         lifter.fail("its bytes are not in the file".into());
     }
+    lifter.out.numbers.sort_unstable();
+    lifter.out.numbers.dedup();
     lifter.out.branch_targets.sort_unstable();
     lifter.out.branch_targets.dedup();
     lifter.out
@@ -213,7 +219,14 @@ impl<'d> Lifter<'_, 'd> {
         } else if offsets.has_displacement() && offsets.displacement_size() == 8 {
             self.constant(ins, offsets.displacement_offset(), 8, relocs, &mut explained, true);
         }
+        if ins.mnemonic() == Mnemonic::Lea && !ins.is_ip_rel_memory_operand() {
+            // from the end of an array back to its start
+            let distance = ins.memory_displacement64().cast_signed().unsigned_abs();
+            self.out.numbers.extend(u32::try_from(distance).ok().filter(|n| *n < 1 << 16));
+        }
         if offsets.has_immediate() && ins.op0_kind() != OpKind::NearBranch64 {
+            let last = ins.immediate(ins.op_count() - 1);
+            self.out.numbers.extend(u32::try_from(last).ok().filter(|n| *n < 1 << 16));
             let (place, width) = (offsets.immediate_offset(), offsets.immediate_size());
             self.constant(ins, place, width, relocs, &mut explained, false);
         }
@@ -253,7 +266,9 @@ impl<'d> Lifter<'_, 'd> {
             return self.thread_local(ins, place, sym, value);
         }
         let Some(reloc) = index.map(|i| &relocs[i]) else { return };
-        let access = if displacement { Access::Extent } else { access_of(ins) };
+        // An immediate is the address itself, whatever the size of the place that it is stored in.
+        let access =
+            if displacement && ins.memory_index() != Register::None { Access::Indexed } else { Access::Extent };
         match (reloc.kind, width) {
             (R_TPOFF32 | R_GOTTPOFF | R_DTPOFF32 | R_GOTPC32_TLSDESC, 4) => {
                 self.thread_local(ins, place, reloc.sym, value)

@@ -137,8 +137,12 @@ pub fn run(options: &Options) -> Result<Outcome, Error> {
         DiffOptions { strict_locations: options.strict_locations },
     );
     let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
+    refusals.extend(crate::sets::check(&old, &new, &pairing, &found));
+    refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
     let selection = select(&old, &new, &pairing, &found);
     refusals.extend(selection.refusals.iter().cloned());
+    let mut said = std::collections::BTreeSet::new();
+    refusals.retain(|r| said.insert((r.rule.clone(), r.symbol.clone())));
     let allowances = allow(&mut refusals, &options.allow);
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {

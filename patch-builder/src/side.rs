@@ -1,7 +1,7 @@
 //! One build with everything that comparing needs: its functions in symbolic
 //! form and the places at which code refers to unnamed data.
 
-use crate::build::{Build, FuncId, ObjId};
+use crate::build::{Build, DynKind, FuncId, ObjId};
 use crate::lift::{lift_all, Access, Lifted, Target};
 
 /// One of the two builds.
@@ -10,8 +10,10 @@ pub struct Side<'d> {
     pub build: Build<'d>,
     /// Its functions in symbolic form, by id.
     pub lifted: Vec<Lifted<'d>>,
-    /// Where code refers to unnamed data, ascending.
+    /// Where anything refers to unnamed data, ascending: starts, or middles.
     soft_bounds: Vec<u64>,
+    /// Where code refers to unnamed data, ascending.
+    named_by_code: Vec<u64>,
     /// The functions that refer to each data symbol.
     users: Vec<Vec<FuncId>>,
     /// The functions that refer to each function.
@@ -25,14 +27,18 @@ impl<'d> Side<'d> {
     #[must_use]
     pub fn new(build: Build<'d>) -> Self {
         let lifted = lift_all(&build);
-        let mut soft_bounds = Vec::new();
+        let mut soft_bounds = build.soft_bounds.clone();
+        let mut named_by_code = Vec::new();
         let mut users = vec![Vec::new(); build.objects.len()];
         let mut callers = vec![Vec::new(); build.funcs.len()];
         for (id, f) in lifted.iter().enumerate() {
             for r in &f.refs {
                 match r.target {
                     Target::Func(callee, _) => callers[callee as usize].push(id as FuncId),
-                    Target::Data(at) => soft_bounds.push(at),
+                    Target::Data(at) => {
+                        soft_bounds.push(at);
+                        named_by_code.push(at);
+                    }
                     Target::Object(object, _) => users[object as usize].push(id as FuncId),
                     _ => {}
                 }
@@ -40,8 +46,10 @@ impl<'d> Side<'d> {
         }
         soft_bounds.sort_unstable();
         soft_bounds.dedup();
+        named_by_code.sort_unstable();
+        named_by_code.dedup();
         users.iter_mut().chain(&mut callers).for_each(Vec::dedup);
-        Self { build, lifted, soft_bounds, users, callers }
+        Self { build, lifted, soft_bounds, named_by_code, users, callers }
     }
 
     /// The functions that refer to a data symbol.
@@ -65,7 +73,7 @@ impl<'d> Side<'d> {
     /// The places of writable data without a name that code refers to, ascending.
     #[must_use]
     pub fn unnamed_mutable(&self) -> Vec<u64> {
-        self.soft_bounds.iter().copied().filter(|at| self.is_mutable(*at)).collect()
+        self.named_by_code.iter().copied().filter(|at| self.is_mutable(*at)).collect()
     }
 
     /// Whether a 32-bit relative entry of a table stands at `addr`.
@@ -98,7 +106,11 @@ impl<'d> Side<'d> {
             let bytes = self.build.bytes(addr, limit - addr).unwrap_or(&[]);
             return bytes.iter().position(|b| *b == 0).map_or(hard, |at| addr + at as u64 + 1);
         }
-        if soft == hard || self.build.rust {
+        if soft == hard {
+            return soft;
+        }
+        // Rust's constants with pointers in them are tables of trait objects, locations and slices of text.
+        if self.build.rust && self.build.section_at(addr).is_some_and(crate::build::Section::is_relro) {
             return soft;
         }
         // A reference into the middle of something: take all of it, but no table that follows.
@@ -107,6 +119,105 @@ impl<'d> Side<'d> {
             end += 4 - end % 4;
         }
         end.min(hard)
+    }
+
+    /// Where to stop comparing the unnamed data at `addr`, and whether something else is referred to just there,
+    /// so that it can't be told whether the data goes on.
+    #[must_use]
+    pub fn compare_end(&self, addr: u64) -> (u64, bool) {
+        if !self.build.rust || self.is_table_entry(addr) {
+            return (self.extent_end(addr), false);
+        }
+        let hard = self.build.next_bound(addr);
+        let index = self.soft_bounds.partition_point(|b| *b <= addr);
+        let soft = self.soft_bounds.get(index).copied().unwrap_or(hard).min(hard);
+        let relro = self.build.section_at(addr).is_some_and(crate::build::Section::is_relro);
+        let proven = relro || soft == hard || self.rust_shape_end(addr, soft).is_some() || self.is_text(addr, soft);
+        (soft, !proven)
+    }
+
+    fn is_padding(&self, from: u64, to: u64) -> bool {
+        from == to
+            || from < to
+                && to - from < 16
+                && self.build.bytes(from, to - from).is_some_and(|b| b.iter().all(|b| *b == 0))
+    }
+
+    /// Where the template of a `format_args!` ends, which says so itself: pieces of text behind their lengths,
+    /// placeholders behind their flags, and a zero (core::fmt::Arguments since Rust 1.93).
+    fn template_end(&self, addr: u64) -> Option<u64> {
+        if !self.build.rust {
+            return None;
+        }
+        let mut at = addr;
+        let (mut text, mut holes) = (0, 0);
+        loop {
+            let lead = *self.build.bytes(at, 1)?.first()?;
+            at += 1;
+            let len = match lead {
+                0 => break,
+                1..=0x7f => u64::from(lead),
+                0x80 => {
+                    let len = self.build.bytes(at, 2)?;
+                    at += 2;
+                    u64::from(u16::from_le_bytes([len[0], len[1]]))
+                }
+                0xc0..=0xcf => {
+                    holes += 1;
+                    let sizes = [4, 2, 2, 2];
+                    at += (0..4).filter(|bit| lead >> bit & 1 == 1).map(|bit| sizes[bit as usize]).sum::<u64>();
+                    continue;
+                }
+                _ => return None,
+            };
+            std::str::from_utf8(self.build.bytes(at, len)?).ok()?;
+            (at, text) = (at + len, text + 1);
+        }
+        (text + holes > 0 && holes < 64).then_some(at)
+    }
+
+    /// Where a `core::panic::Location` or the table of a trait object ends: nothing refers into the middle of these.
+    fn rust_shape_end(&self, addr: u64, soft: u64) -> Option<u64> {
+        let build = &self.build;
+        if let Some(end) = self.template_end(addr).filter(|end| self.is_padding(*end, soft)) {
+            return Some(end);
+        }
+        let relro = build.rust && build.section_at(addr).is_some_and(crate::build::Section::is_relro);
+        let word = |at: u64| build.bytes(at, 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+        let pointer = |at: u64| match build.dynamic.get(&at).map(|r| r.kind) {
+            Some(DynKind::Relative(to)) => Some(to),
+            _ => None,
+        };
+        if !relro || !addr.is_multiple_of(8) {
+            return None;
+        }
+        let is_code = |to: u64| build.section_at(to).is_some_and(|s| s.exec);
+        let len = word(addr + 8)?;
+        if let Some(file) = pointer(addr).filter(|to| !is_code(*to)) {
+            // { file: &str, line: u32, column: u32 }
+            let name = build.bytes(file, len).filter(|_| len < 4096)?;
+            return (name.ends_with(b".rs") && addr + 24 <= soft).then_some(addr + 24);
+        }
+        // { drop or null, size, alignment, functions }
+        let drop = pointer(addr).is_some_and(is_code) || word(addr) == Some(0);
+        let align = word(addr + 16).is_some_and(|a| a.is_power_of_two() && a <= 4096 && len % a == 0);
+        let methods = (addr + 24..soft).step_by(8).all(|at| pointer(at).is_some_and(is_code));
+        let plain = pointer(addr + 8).is_none() && pointer(addr + 16).is_none();
+        (drop && align && plain && methods && addr + 24 <= soft && soft.is_multiple_of(8)).then_some(soft)
+    }
+
+    /// Where the text at `addr` of a Rust program ends if it is a `str`: where the next thing begins that anything
+    /// refers to. Only a length that stands beside the reference proves it.
+    #[must_use]
+    pub fn str_end(&self, addr: u64) -> Option<u64> {
+        let hard = self.build.next_bound(addr);
+        let index = self.soft_bounds.partition_point(|b| *b <= addr);
+        let end = self.soft_bounds.get(index).copied().unwrap_or(hard).min(hard);
+        let bytes = self.build.bytes(addr, end.checked_sub(addr)?)?;
+        // Zeros behind it are padding: a length that stands beside the reference must say so.
+        let end = bytes.iter().position(|b| *b == 0).map_or(end, |at| addr + at as u64);
+        let text = std::str::from_utf8(bytes.get(..usize::try_from(end - addr).ok()?)?).ok()?;
+        (self.build.rust && !text.is_empty() && !text.contains('\0')).then_some(end)
     }
 
     fn is_text(&self, from: u64, to: u64) -> bool {

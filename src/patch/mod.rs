@@ -19,6 +19,22 @@ pub const NOTE_NAME: &str = "livepatch";
 /// Type of that note: descriptor = format version (`u32`, little endian), then the target's build-id.
 pub const NOTE_TYPE_TARGET: u32 = 1;
 
+/// Type of the second note: descriptor = SHA-256 of the whole file with these 32 bytes taken as zero.
+pub const NOTE_TYPE_DIGEST: u32 = 2;
+
+/// The digest that belongs into a patch file whose digest stands at `at`.
+#[must_use]
+pub fn file_digest(bytes: &[u8], at: usize) -> Option<[u8; 32]> {
+    use sha2::Digest;
+    let (before, rest) = bytes.split_at_checked(at)?;
+    let (_, after) = rest.split_at_checked(32)?;
+    let mut hasher = sha2::Sha256::new();
+    hasher.update(before);
+    hasher.update([0; 32]);
+    hasher.update(after);
+    Some(hasher.finalize().into())
+}
+
 /// Section index of a symbol that lives in the target image: its value is an
 /// [`ImageAddr`](crate::addr::ImageAddr). In the range that the ELF
 /// specification leaves to processors; the kernel's livepatch modules use the

@@ -5,7 +5,7 @@ use std::fmt;
 use goblin::elf::{header, program_header, reloc, section_header, sym, Elf};
 
 use super::{
-    Manifest, ENTRY_JUMP_LEN, FORMAT_VERSION, MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_TARGET, SHN_TARGET_IMAGE,
+    Manifest, ENTRY_JUMP_LEN, FORMAT_VERSION, MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_DIGEST, NOTE_TYPE_TARGET, SHN_TARGET_IMAGE,
 };
 use crate::addr::ImageAddr;
 
@@ -150,6 +150,7 @@ impl PatchFile {
         if elf.header.e_type != header::ET_DYN {
             return Err(PatchError::NotElf(format!("type {} instead of ET_DYN", elf.header.e_type)));
         }
+        check_digest(&elf, bytes)?;
         let note_build_id = target_note(&elf, bytes)?;
         let json = section(&elf, bytes, MANIFEST_SECTION)?.ok_or(PatchError::NotAPatch("manifest"))?;
         let manifest: Manifest = serde_json::from_slice(json).map_err(PatchError::Manifest)?;
@@ -209,6 +210,29 @@ fn target_note(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<u8>, PatchError> {
         }
     }
     found.ok_or(PatchError::NotAPatch("note"))
+}
+
+/// The file must be, byte for byte, the one that was written.
+fn check_digest(elf: &Elf<'_>, bytes: &[u8]) -> Result<(), PatchError> {
+    let notes = elf.iter_note_headers(bytes).ok_or(PatchError::NotAPatch("note"))?;
+    let mut found = None;
+    for note in notes {
+        let note = note.map_err(|e| malformed(e.to_string()))?;
+        if note.name != NOTE_NAME || note.n_type != NOTE_TYPE_DIGEST {
+            continue;
+        }
+        // The descriptor is a part of `bytes`: its place is the distance of the two.
+        let at = (note.desc.as_ptr() as usize).checked_sub(bytes.as_ptr() as usize);
+        if note.desc.len() != 32 || found.replace((at, note.desc)).is_some() {
+            return Err(malformed("it must have exactly one digest"));
+        }
+    }
+    let Some((at, digest)) = found else { return Err(PatchError::NotAPatch("digest")) };
+    let right = at.and_then(|at| super::file_digest(bytes, at));
+    if right.is_none_or(|r| r[..] != *digest) {
+        return Err(malformed("its digest does not match: the file was changed or cut after it was written"));
+    }
+    Ok(())
 }
 
 fn segments(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<Segment>, PatchError> {

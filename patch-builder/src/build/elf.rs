@@ -71,6 +71,7 @@ pub struct RawElf<'d> {
     pub sections: Vec<Section<'d>>,
     pub build_id: Vec<u8>,
     pub pie: bool,
+    pub is_static: bool,
     pub entry: u64,
     pub rust: bool,
     pub tls: Option<TlsSegment>,
@@ -117,9 +118,11 @@ impl<'d> RawElf<'d> {
             let len = ph.p_memsz(Le).checked_next_multiple_of(align).ok_or_else(|| damaged("PT_TLS"))?;
             tls = Some(TlsSegment { addr: ph.p_vaddr(Le), aligned_len: len });
         }
+        let interpreted = segments.iter().any(|p| p.p_type(Le) == elf::PT_INTERP);
+        let is_static = !interpreted && (!pie || is_pie_executable(&sections));
         let rust = sections.iter().any(|s| s.name == ".comment" && s.data.windows(5).any(|w| w == b"rustc"));
         let build_id = build_id(&sections)?;
-        Ok(Self { bytes, table, sections, build_id, pie, entry: header.e_entry(Le), rust, tls })
+        Ok(Self { bytes, table, sections, build_id, pie, is_static, entry: header.e_entry(Le), rust, tls })
     }
 
     pub fn alloc_sections(&self) -> Vec<Section<'d>> {
@@ -158,6 +161,16 @@ fn section<'d>(
         tls: has(0x400),
         zero_fill,
     })
+}
+
+/// DF_1_PIE in DT_FLAGS_1: an executable, not a library.
+fn is_pie_executable(sections: &[Section<'_>]) -> bool {
+    const DT_FLAGS_1: u64 = 0x6fff_fffb;
+    const DF_1_PIE: u64 = 0x0800_0000;
+    let Some(dynamic) = sections.iter().find(|s| s.name == ".dynamic") else { return false };
+    let (words, _) = dynamic.data.as_chunks::<8>();
+    let mut pairs = words.chunks_exact(2).map(|p| (u64::from_le_bytes(p[0]), u64::from_le_bytes(p[1])));
+    pairs.any(|(tag, value)| tag == DT_FLAGS_1 && value & DF_1_PIE != 0)
 }
 
 fn build_id(sections: &[Section<'_>]) -> Result<Vec<u8>, BuildError> {

@@ -1,26 +1,47 @@
 //! The linker's map, for the one thing that it alone knows: where each input
 //! section begins and ends.
 
-/// Starts and ends of everything with an address and a length in a map of GNU ld, lld or mold.
-/// Lines that are something else are passed over; what is no address of the image does no harm.
+/// Starts and ends of every input section with data, in a map of GNU ld, lld or mold. Inputs that are not
+/// mapped (`.debug_*`, `.rela.*`) are listed with small "addresses", too: only the names of data count.
 pub fn bounds(map: &str) -> Vec<u64> {
     let mut out = Vec::new();
+    let mut before: Option<&str> = None;
     for line in map.lines() {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let gnu = fields.windows(2).find_map(|w| Some((prefixed(w[0])?, prefixed(w[1])?)));
-        let lld = || match fields[..] {
-            // VMA LMA Size Align Out/In/Symbol
-            [vma, _, size, align, _, ..] if align.bytes().all(|b| b.is_ascii_digit()) => {
-                Some((bare(vma)?, bare(size)?))
+        let (name, at, len) = match fields[..] {
+            // GNU ld: name, address, size, file; a long name stands on a line of its own
+            [name, at, len, ..] if at.starts_with("0x") && len.starts_with("0x") => {
+                (Some(name), prefixed(at), prefixed(len))
             }
-            _ => None,
+            [at, len, ..] if at.starts_with("0x") && len.starts_with("0x") => (before, prefixed(at), prefixed(len)),
+            // lld and mold: VMA, LMA (not mold's), size, alignment, then FILE:(SECTION)
+            [vma, _, size, align, ..] if align.bytes().all(|b| b.is_ascii_digit()) => {
+                (section_in(line), bare(vma), bare(size))
+            }
+            [vma, size, align, ..] if align.bytes().all(|b| b.is_ascii_digit()) => {
+                (section_in(line), bare(vma), bare(size))
+            }
+            _ => (None, None, None),
         };
-        if let Some((at, len)) = gnu.or_else(lld).filter(|(at, len)| *at > 0 && *len > 0) {
-            out.push(at);
-            out.extend(at.checked_add(len));
+        before = if let [one] = fields[..] { Some(one) } else { None };
+        if let (Some(at), Some(len)) = (at.filter(|a| *a > 0), len.filter(|l| *l > 0)) {
+            if name.is_some_and(is_data) {
+                out.push(at);
+                out.extend(at.checked_add(len));
+            }
         }
     }
     out
+}
+
+/// `SECTION` of `FILE:(SECTION)`.
+fn section_in(line: &str) -> Option<&str> {
+    let (_, rest) = line.rsplit_once(":(")?;
+    rest.trim_end().strip_suffix(')')
+}
+
+fn is_data(name: &str) -> bool {
+    [".rodata", ".data", ".bss", ".lrodata", ".ldata", ".lbss", ".gcc_except_table"].iter().any(|p| name.starts_with(p))
 }
 
 fn prefixed(text: &str) -> Option<u64> {
@@ -36,8 +57,11 @@ mod tests {
     #[test]
     fn both_kinds_of_map_give_bounds() {
         let gnu = " .rodata.str1.1\n                0x0000000000002004       0x13 main.o\n .text 0x1000 0x20 a.o\n";
-        assert_eq!(super::bounds(gnu), [0x2004, 0x2017, 0x1000, 0x1020]);
-        let lld = "             VMA              LMA     Size Align Out     In      Symbol\n            2004             2004       13     1         main.o:(.rodata)\n";
+        assert_eq!(super::bounds(gnu), [0x2004, 0x2017]);
+        let lld = "             VMA              LMA     Size Align Out     In      Symbol\n\
+            2004             2004       13     1         main.o:(.rodata..Lanon.1)\n\
+            b688             b688      168     8         libstd.rlib(std.o):(.rela.text.lang_start)\n\
+            1000             1000       20    16 .text\n";
         assert_eq!(super::bounds(lld), [0x2004, 0x2017]);
         assert!(super::bounds("no map at all\n\u{0}").is_empty());
     }

@@ -97,6 +97,8 @@ pub struct Build<'d> {
     pub exported: HashSet<u64>,
     /// Addresses at which unnamed data certainly begins or ends, ascending.
     pub hard_bounds: Vec<u64>,
+    /// Addresses that data or labels refer to: perhaps the middle of something.
+    pub soft_bounds: Vec<u64>,
     /// Unwind tables.
     pub unwind: Unwind<'d>,
 }
@@ -109,6 +111,13 @@ impl<'d> Build<'d> {
     /// Not an x86-64 ELF image, damaged, or without build-id, symbols or kept relocations.
     pub fn parse(path: &str, bytes: &'d [u8]) -> Result<Self, BuildError> {
         let raw = elf::RawElf::parse(bytes)?;
+        if raw.is_static {
+            return Err(BuildError::Incomplete {
+                rule: "unsupported",
+                what: "it is statically linked, which this version does not patch".into(),
+                remedy: "link it dynamically (without -static)",
+            });
+        }
         let sections: Vec<Section<'d>> = raw.alloc_sections();
         let symbols = symbols::read(&raw, &sections)?;
         let dynamic = dynamic::read(&raw, &sections)?;
@@ -133,6 +142,7 @@ impl<'d> Build<'d> {
             exported: dynamic.exported,
             plt,
             hard_bounds: symbols.bounds,
+            soft_bounds: symbols.labels,
             unwind,
         };
         build.add_pointer_bounds();
@@ -150,10 +160,10 @@ impl<'d> Build<'d> {
         }
     }
 
-    /// Data that some pointer in data refers to begins there.
+    /// Sections bound what lies in them; what a pointer refers to may be the middle of something.
     fn add_pointer_bounds(&mut self) {
         let mut bounds = std::mem::take(&mut self.hard_bounds);
-        bounds.extend(self.dynamic.values().filter_map(|r| match r.kind {
+        self.soft_bounds.extend(self.dynamic.values().filter_map(|r| match r.kind {
             DynKind::Relative(to) => Some(to),
             _ => None,
         }));

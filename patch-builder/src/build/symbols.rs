@@ -107,6 +107,7 @@ pub struct Symbols<'d> {
     pub tls: Vec<Object<'d>>,
     pub rel_syms: Vec<RelSym<'d>>,
     pub bounds: Vec<u64>,
+    pub labels: Vec<u64>,
 }
 
 struct Raw<'d> {
@@ -127,7 +128,8 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
     let table = raw.table.symbols(Le, raw.bytes, elf::SHT_SYMTAB).map_err(damaged)?;
     let strings = table.strings();
     let mut rel_syms = Vec::with_capacity(table.len());
-    let (mut code, mut data, mut tls, mut bounds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut code, mut data, mut tls) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut bounds, mut labels) = (Vec::new(), Vec::new());
     let mut file = None;
     for (index, sym) in table.symbols().iter().enumerate() {
         let name = sym.name(Le, strings).map_err(damaged)?;
@@ -165,8 +167,13 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
         if section.exec {
             code.push(entry);
         } else {
-            bounds.push(value);
-            bounds.push(value.saturating_add(size));
+            // A label such as `.LC5` may stand inside a string that ends like another.
+            if size > 0 || has_identity(name) || is_piece(name) {
+                bounds.push(value);
+                bounds.push(value.saturating_add(size));
+            } else {
+                labels.push(value);
+            }
             data.push(entry);
         }
     }
@@ -176,7 +183,12 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
     }
     let objects = grouped(data, &mut rel_syms, SymTarget::Object);
     let tls = grouped(tls, &mut rel_syms, SymTarget::Tls);
-    Ok(Symbols { funcs, objects, tls, rel_syms, bounds })
+    Ok(Symbols { funcs, objects, tls, rel_syms, bounds, labels })
+}
+
+/// Names that rustc gives to constants of their own, one for each.
+fn is_piece(name: &str) -> bool {
+    [".Lanon", "anon.", "alloc_", ".Lalloc_", "vtable.", ".Lvtable"].iter().any(|p| name.starts_with(p))
 }
 
 /// The section at `addr`, its end included: labels such as `_end` stand there.

@@ -68,7 +68,7 @@ impl<'d> Comparer<'_, 'd> {
         let (old, new) = (self.old, self.new);
         let (len_a, len_b) = match len {
             Some(len) => (len, len),
-            None => (old.extent_end(a).saturating_sub(a), new.extent_end(b).saturating_sub(b)),
+            None => (old.compare_end(a).0.saturating_sub(a), new.compare_end(b).0.saturating_sub(b)),
         };
         // An object ends at the latest where the next one is known to begin, in either build.
         let common = len_a.min(len_b);
@@ -91,15 +91,16 @@ impl<'d> Comparer<'_, 'd> {
             let step = match (p, q) {
                 (Place::Bytes, Place::Bytes) => {
                     if x[i] != y[i] {
-                        return match shifted_tails(x, y, i).filter(|_| len.is_none()) {
-                            Some((p, q)) => {
-                                let rest = (common - p).min(common - q);
-                                self.data(a + p, b + q, Some(rest))
-                            }
-                            None => self.location_drift(a, b, offset, x, y),
-                        };
+                        return self.location_drift(a, b, offset, x, y);
                     }
                     1
+                }
+                (Place::Pointer(Target::Data(s)), Place::Pointer(Target::Data(t))) if self.is_slice(s, t, i, x, y) => {
+                    let len = self.old.str_end(s).map(|end| end - s);
+                    if !self.data(s, t, len) {
+                        return false;
+                    }
+                    8
                 }
                 (Place::Pointer(s), Place::Pointer(t)) => {
                     if !self.targets(s, t, Access::Extent) {
@@ -121,6 +122,13 @@ impl<'d> Comparer<'_, 'd> {
         true
     }
 
+    /// Whether behind two pointers to text stands its length, the same in both builds.
+    fn is_slice(&self, s: u64, t: u64, at: usize, x: &[u8], y: &[u8]) -> bool {
+        let len = |v: &[u8]| v.get(at + 8..at + 16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+        let (Some(p), Some(q)) = (self.old.str_end(s), self.new.str_end(t)) else { return false };
+        len(x) == Some(p - s) && len(y) == Some(q - t) && p - s == q - t
+    }
+
     /// Two slots of the global offset table, by what the dynamic linker puts there.
     pub(super) fn slots(&mut self, s: u64, t: u64) -> bool {
         match (slot(self.old, s), slot(self.new, t)) {
@@ -129,20 +137,6 @@ impl<'d> Comparer<'_, 'd> {
             _ => false,
         }
     }
-}
-
-/// Text whose end is padded to different lengths: where what follows begins in each, if all before is text
-/// and the bytes from the difference on are padding in one of the two.
-fn shifted_tails(x: &[u8], y: &[u8], at: usize) -> Option<(u64, u64)> {
-    let text = x[..at].iter().position(|b| *b == 0).unwrap_or(at);
-    let is_text = text >= 4 && x[..text].iter().all(|b| (0x20..0x7f).contains(b) || *b == b'\n' || *b == b'\t');
-    if !is_text || x[text..at].iter().any(|b| *b != 0) || x[at] != 0 && y[at] != 0 {
-        return None;
-    }
-    let next = |v: &[u8]| v[at..].iter().position(|b| *b != 0).map(|n| (at + n) as u64);
-    let (p, q) = (next(x)?, next(y)?);
-    let limit = text as u64 + 16;
-    (p <= limit && q <= limit).then_some((p, q))
 }
 
 /// What a slot of the global offset table holds at run time.

@@ -1,7 +1,7 @@
 //! Lines and columns that moved: recognised only where the line tables of both
 //! builds show them, and always reported.
 
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 
 use super::data::{place, Place};
 use super::{Comparer, LineProof, Noise};
@@ -28,15 +28,20 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Whether at some offset the old function is at `a` and the new one at `b`.
-    fn moved(&self, a: u32, b: u32, number: impl Fn(&Row) -> u32) -> bool {
-        let offsets_old = self.old.iter().filter(|r| number(r) == a).map(|r| r.addr - self.old_start);
-        let has_new = |offset: u64| {
-            let at = self.new_start + offset;
-            let from = self.new.partition_point(|r| r.addr < at);
-            self.new[from..].iter().take_while(|r| r.addr == at).any(|r| number(r) == b)
+    /// Whether the code from offset `from` to `to` (where the call stands that takes the number) is at line `a` in
+    /// the old build and at line `b` in the new one, by rows at the same offset.
+    fn moved(&self, a: u32, b: u32, from: u64, to: u64) -> bool {
+        let within = |rows: &[Row], start: u64, line: u32| -> Vec<u64> {
+            let covering = rows.iter().rposition(|r| r.addr <= start + from && r.file != u32::MAX);
+            let covering = covering.map_or(u64::MAX, |i| rows[i].addr);
+            let near = rows.iter().filter(|r| r.addr == covering || (start + from..=start + to).contains(&r.addr));
+            near.filter(|r| r.line == line).map(|r| r.addr - start).collect()
         };
-        a != 0 && b != 0 && offsets_old.into_iter().any(has_new)
+        if a == 0 || b == 0 {
+            return false;
+        }
+        let new = within(self.new, self.new_start, b);
+        within(self.old, self.old_start, a).iter().any(|offset| new.contains(offset))
     }
 }
 
@@ -50,10 +55,11 @@ impl<'d> Comparer<'_, 'd> {
         };
         let (x, y) = (&self.old.lifted[f as usize].masked, &self.new.lifted[g as usize].masked);
         let rows = lines.map(|l| Rows::of(self.old, self.new, l, f, g));
-        let moved = |a: u32, b: u32| match &rows {
-            Some(rows) => rows.moved(a, b, |r| r.line),
+        let moved = |a: u32, b: u32, from: u64, to: u64| match &rows {
+            Some(rows) => rows.moved(a, b, from, to),
             None => assume && a.abs_diff(b) < 1 << 20,
         };
+        let calls = calls(x);
         let mut seen = Vec::new();
         let mut decoders =
             (Decoder::with_ip(64, x, 0, DecoderOptions::NONE), Decoder::with_ip(64, y, 0, DecoderOptions::NONE));
@@ -82,7 +88,8 @@ impl<'d> Comparer<'_, 'd> {
                 };
                 let (a, b) = (value(a), value(b));
                 if a != b {
-                    if !moved(a, b) {
+                    let call = calls.iter().copied().find(|c| *c >= p.ip()).unwrap_or(p.ip());
+                    if !moved(a, b, p.ip(), call) {
                         return false;
                     }
                     seen.push(Noise { rule: "line-immediate", detail: format!("line {a} is now line {b}") });
@@ -127,7 +134,8 @@ impl<'d> Comparer<'_, 'd> {
             || match (self.proof, self.context) {
                 (LineProof::Tables(l, m), Some((f, g))) => {
                     let rows = Rows::of(self.old, self.new, (l, m), f, g);
-                    rows.old.iter().any(|r| r.line == line_a) && rows.new.iter().any(|r| r.line == line_b)
+                    let has = |rows: &[Row], line, column| rows.iter().any(|r| r.line == line && r.column == column);
+                    has(rows.old, line_a, col_a) && has(rows.new, line_b, col_b)
                 }
                 _ => false,
             };
@@ -137,4 +145,11 @@ impl<'d> Comparer<'_, 'd> {
         }
         proven
     }
+}
+
+/// The offsets of the calls in a function, ascending.
+fn calls(code: &[u8]) -> Vec<u64> {
+    let decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
+    let is_call = |i: &iced_x86::Instruction| matches!(i.flow_control(), FlowControl::Call | FlowControl::IndirectCall);
+    decoder.into_iter().filter(is_call).map(|i| i.ip()).collect()
 }

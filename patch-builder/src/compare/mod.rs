@@ -6,7 +6,7 @@
 mod data;
 mod drift;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 pub use data::{place, slot, Place};
 
@@ -58,6 +58,10 @@ pub struct Comparer<'a, 'd> {
     context: Option<(FuncId, FuncId)>,
     noise: Vec<Noise>,
     why: Option<String>,
+    /// Old unnamed data that is known to differ.
+    doubtful: Option<&'a HashSet<u64>>,
+    /// Old unnamed data that was found to differ.
+    pub unequal: Vec<u64>,
 }
 
 impl<'a, 'd> Comparer<'a, 'd> {
@@ -65,7 +69,27 @@ impl<'a, 'd> Comparer<'a, 'd> {
     #[must_use]
     pub fn new(old: &'a Side<'d>, new: &'a Side<'d>, pairing: &'a Pairing, proof: LineProof<'a>) -> Self {
         let (memo, trail, noise) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { old, new, pairing, proof, memo, trail, depth: 0, context: None, noise, why: None }
+        Self {
+            old,
+            new,
+            pairing,
+            proof,
+            memo,
+            trail,
+            depth: 0,
+            context: None,
+            noise,
+            why: None,
+            doubtful: None,
+            unequal: Vec::new(),
+        }
+    }
+
+    /// Takes the old unnamed data that is known to differ, so that what lies before it is doubted.
+    #[must_use]
+    pub fn doubting(mut self, doubtful: &'a HashSet<u64>) -> Self {
+        self.doubtful = Some(doubtful);
+        self
     }
 
     /// Compares a pair of functions: `Ok` with the noise that was ignored, or the first difference.
@@ -134,8 +158,33 @@ impl<'a, 'd> Comparer<'a, 'd> {
         }
         match access {
             Access::Exact(len) => self.data(a, b, Some(u64::from(len))),
-            _ => self.data(a, b, None),
+            Access::Extent if self.is_str(a, b) => {
+                let len = self.old.str_end(a).map(|end| end - a);
+                self.data(a, b, len)
+            }
+            _ => {
+                let (end, open) = self.old.compare_end(a);
+                // It may go on behind `end`, where something differs: not the same for certain.
+                let equal = !(open && self.doubtful.is_some_and(|d| d.contains(&end))) && self.data(a, b, None);
+                if !equal {
+                    self.unequal.push(a);
+                }
+                equal
+            }
         }
+    }
+
+    /// Whether both are text of one length, and both functions hold that length as a number.
+    fn is_str(&self, a: u64, b: u64) -> bool {
+        let (Some((f, g)), Some(x), Some(y)) = (self.context, self.old.str_end(a), self.new.str_end(b)) else {
+            return false;
+        };
+        let holds = |side: &Side<'d>, id: FuncId| {
+            // The length of a `&str`, or of the text of a `fmt::Arguments` (doubled, with the lowest bit set).
+            let numbers = &side.lifted[id as usize].numbers;
+            u32::try_from(x - a).is_ok_and(|len| [len, len * 2 + 1].iter().any(|n| numbers.binary_search(n).is_ok()))
+        };
+        x - a == y - b && holds(self.old, f) && holds(self.new, g)
     }
 
     fn object_refs(&mut self, o: u32, p: u32, offset: i64, access: Access) -> bool {

@@ -212,21 +212,28 @@ pub fn emit(
     }
     let image_name = |at: u64| image_symbol(layout.old, at);
     let json = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
-    let bytes = elf::write(&parts, &symbols, &json, &image_name);
+    let mut bytes = elf::write(&parts, &symbols, &json, &image_name);
+    let digest_at = (PAGE + parts[0].len) as usize - 32;
+    if let Some(digest) = patch::file_digest(&bytes, digest_at) {
+        bytes[digest_at..digest_at + 32].copy_from_slice(&digest);
+    }
     Ok(Emitted { bytes, manifest })
 }
 
+/// The two notes: the target, and room for the digest, which is the last thing in them.
 fn note(build_id: &[u8]) -> Vec<u8> {
-    let name = format!("{}\0", patch::NOTE_NAME);
     let mut out = Vec::new();
-    out.extend((name.len() as u32).to_le_bytes());
-    out.extend((4 + build_id.len() as u32).to_le_bytes());
-    out.extend(patch::NOTE_TYPE_TARGET.to_le_bytes());
-    out.extend(name.as_bytes());
-    out.resize(out.len().next_multiple_of(4), 0);
-    out.extend(patch::FORMAT_VERSION.to_le_bytes());
-    out.extend(build_id);
-    out.resize(out.len().next_multiple_of(4), 0);
+    let target: Vec<u8> = patch::FORMAT_VERSION.to_le_bytes().into_iter().chain(build_id.iter().copied()).collect();
+    for (kind, descriptor) in [(patch::NOTE_TYPE_TARGET, &target[..]), (patch::NOTE_TYPE_DIGEST, &[0; 32][..])] {
+        let name = format!("{}\0", patch::NOTE_NAME);
+        out.extend((name.len() as u32).to_le_bytes());
+        out.extend((descriptor.len() as u32).to_le_bytes());
+        out.extend(kind.to_le_bytes());
+        out.extend(name.as_bytes());
+        out.resize(out.len().next_multiple_of(4), 0);
+        out.extend(descriptor);
+        out.resize(out.len().next_multiple_of(4), 0);
+    }
     out
 }
 

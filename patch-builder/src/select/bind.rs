@@ -39,7 +39,7 @@ impl<'d> Selector<'_, 'd> {
     pub(super) fn bind(&mut self, target: Target<'d>, access: Access, context: Option<FuncId>) -> Option<Bound> {
         match target {
             Target::Func(g, offset) => self.bind_func(g, offset, access, context),
-            Target::Object(id, offset) => self.bind_object(id, offset),
+            Target::Object(id, offset) => self.bind_object(id, offset, access),
             Target::Plt(name) => self.bind_import(name),
             Target::Slot(at) => self.bind_slot(at),
             Target::Data(at) => self.bind_data(at, access),
@@ -71,7 +71,8 @@ impl<'d> Selector<'_, 'd> {
         if let Some(f) = olds.iter().find(|f| !self.diff.changed.contains_key(f)) {
             return Some(Bound::Image(self.old.build.func(*f).addr.wrapping_add_signed(offset)));
         }
-        if olds.is_empty() {
+        // In C a new function must have an address of its own; Rust promises no such thing.
+        if olds.is_empty() && (Self::branch_or_address(access) || self.new.build.rust) {
             if let Some(f) = self.same_body(g) {
                 return Some(Bound::Image(self.old.build.func(f).addr.wrapping_add_signed(offset)));
             }
@@ -83,7 +84,7 @@ impl<'d> Selector<'_, 'd> {
         Some(Bound::Func(g, offset))
     }
 
-    fn bind_object(&mut self, id: ObjId, offset: i64) -> Option<Bound> {
+    pub(super) fn bind_object(&mut self, id: ObjId, offset: i64, access: Access) -> Option<Bound> {
         let object = self.new.build.object(id).clone();
         let mutable = self.new.is_mutable(object.addr);
         if let Some(old_id) = self.pairing.object_old(id) {
@@ -93,6 +94,16 @@ impl<'d> Selector<'_, 'd> {
                 || old.size == object.size && self.comparer.objects(old.addr, object.addr, old.size);
             if same {
                 return Some(Bound::Image(old.addr.wrapping_add_signed(offset)));
+            }
+            let is_vtable = object.name().starts_with("_ZTV"); // refused by the guard
+            if access != Access::Branch && !is_vtable && self.holds_functions(object.addr, object.size) {
+                // What lives already holds the old one's address, and is told apart by it.
+                let message = format!(
+                    "{} takes the address of {}, a table of functions that changed",
+                    self.current,
+                    object.name()
+                );
+                self.refuse("initial-value", object.name(), message, "change the functions in it, not the table");
             }
             let piece = self.piece(object.addr, object.size, PieceKind::Constant, object.name(), None);
             return Some(Bound::Piece(piece, offset));
@@ -124,6 +135,11 @@ impl<'d> Selector<'_, 'd> {
         Some(Bound::Piece(piece, offset))
     }
 
+    /// Whether a constant holds the address of a function.
+    fn holds_functions(&self, at: u64, len: u64) -> bool {
+        (0..len).any(|i| matches!(place(self.new, at + i, at), Place::Pointer(Target::Func(_, 0))))
+    }
+
     fn bind_data(&mut self, at: u64, access: Access) -> Option<Bound> {
         if let Some(old) = self.pairing.unnamed_old(at) {
             return Some(Bound::Image(old));
@@ -133,6 +149,9 @@ impl<'d> Selector<'_, 'd> {
             let name = self.current.clone();
             self.refuse("ambiguous", &name, message, "keep the symbols of static data (do not strip local symbols)");
             return None;
+        }
+        if let Some((piece, offset)) = self.piece_at.get(&(at, false)).filter(|(_, offset)| *offset > 0) {
+            return Some(Bound::Piece(*piece, *offset));
         }
         let end = match access {
             Access::Exact(len) => self.new.extent_end(at).max(at + u64::from(len)),
@@ -186,7 +205,7 @@ impl<'d> Selector<'_, 'd> {
                 return None;
             }
         };
-        if let Some(piece) = self.piece_at.get(&(at, true)) {
+        if let Some((piece, _)) = self.piece_at.get(&(at, true)) {
             return Some(Bound::Piece(*piece, 0));
         }
         let index = self.pieces.len();
@@ -198,7 +217,7 @@ impl<'d> Selector<'_, 'd> {
             bytes: vec![0; 8],
             fixups,
         });
-        self.piece_at.insert((at, true), index);
+        self.piece_at.insert((at, true), (index, 0));
         Some(Bound::Piece(index, 0))
     }
 
@@ -250,7 +269,30 @@ impl<'d> Selector<'_, 'd> {
 
     /// Cuts out `len` bytes at `at` of the new build, with everything that they refer to.
     pub(super) fn piece(&mut self, at: u64, len: u64, kind: PieceKind, name: &str, file: Option<String>) -> usize {
-        if let Some(known) = self.piece_at.get(&(at, false)) {
+        self.piece_of(at, len, kind, name, file, &[at])
+    }
+
+    /// Data without a name that touches: carried as one, so that the end of one is the start of the next there, too.
+    /// Whether an address is meant as the one or as the other can't be told from code.
+    pub(super) fn touching(&mut self, starts: &[u64], end: u64) {
+        let (Some(first), true) = (starts.first().copied(), starts.len() > 1) else { return };
+        let piece = self.piece_of(first, end - first, PieceKind::Constant, "constants", None, starts);
+        for at in starts {
+            self.piece_at.insert((*at, false), (piece, (at - first).cast_signed()));
+        }
+        self.piece_at.insert((first, false), (piece, 0));
+    }
+
+    fn piece_of(
+        &mut self,
+        at: u64,
+        len: u64,
+        kind: PieceKind,
+        name: &str,
+        file: Option<String>,
+        bases: &[u64],
+    ) -> usize {
+        if let Some((known, 0)) = self.piece_at.get(&(at, false)) {
             if self.pieces[*known].bytes.len() as u64 >= len {
                 return *known;
             }
@@ -259,12 +301,13 @@ impl<'d> Selector<'_, 'd> {
         let bytes =
             if build.is_zero_fill(at) { Some(vec![0; len as usize]) } else { build.bytes(at, len).map(<[u8]>::to_vec) };
         let index = self.pieces.len();
-        let align = 1u64 << at.trailing_zeros().min(6);
+        // A static may ask for up to a page; more than an address shows, no constant needs.
+        let align = 1u64 << at.trailing_zeros().min(if kind == PieceKind::Static { 12 } else { 6 });
         let bytes = bytes.unwrap_or_default();
         let short = (bytes.len() as u64) < len || len == 0;
         let piece = Piece { kind, name: demangle(name), file, align, bytes, fixups: Vec::new() };
         self.pieces.push(piece);
-        self.piece_at.insert((at, false), index);
+        self.piece_at.insert((at, false), (index, 0));
         if short {
             let message = format!("{} refers to data at {at:#x} whose extent is unknown", self.current);
             let name = self.current.clone();
@@ -276,8 +319,11 @@ impl<'d> Selector<'_, 'd> {
         let mut offset = 0;
         while offset < len {
             let here = at + offset;
-            let what = place(self.new, here, if base_is_place { here } else { at });
-            offset += self.piece_place(index, offset, what, base_is_place, &mut fixups);
+            // A table of distances counts from where it begins.
+            let base = bases.iter().rev().find(|b| **b <= here).copied().unwrap_or(at);
+            let what = place(self.new, here, if base_is_place { here } else { base });
+            let from_base = if base_is_place { 0 } else { here - base };
+            offset += self.piece_place(index, offset, what, from_base, &mut fixups);
         }
         self.pieces[index].fixups = fixups;
         index
@@ -289,7 +335,7 @@ impl<'d> Selector<'_, 'd> {
         index: usize,
         offset: u64,
         what: Place<'d>,
-        base_is_place: bool,
+        from_base: u64,
         fixups: &mut Vec<Fixup>,
     ) -> u64 {
         let clear = |s: &mut Self, width: usize| {
@@ -312,8 +358,7 @@ impl<'d> Selector<'_, 'd> {
                 // A jump table's entries are branches: within the patch they stay within the patch.
                 let access = if matches!(to, Target::Func(..)) { Access::Branch } else { Access::Extent };
                 if let Some(to) = self.bind(to, access, None) {
-                    let addend = if base_is_place { 0 } else { offset.cast_signed() };
-                    fixups.push(Fixup { at: offset, store: Store::Pc32(addend), to });
+                    fixups.push(Fixup { at: offset, store: Store::Pc32(from_base.cast_signed()), to });
                 }
                 4
             }

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use crate::build::{demangle, FuncId, Personality};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::{companions, Diff};
-use crate::lift::{Access, Field};
+use crate::lift::{Access, Field, Target};
 use crate::pairing::Pairing;
 use crate::report::Refusal;
 use crate::side::Side;
@@ -170,7 +170,7 @@ struct Selector<'a, 'd> {
     functions: BTreeMap<FuncId, Carried>,
     queue: Vec<FuncId>,
     pieces: Vec<Piece>,
-    piece_at: HashMap<(u64, bool), usize>,
+    piece_at: HashMap<(u64, bool), (usize, i64)>,
     /// Old functions whose address the patch takes.
     address_taken: BTreeSet<FuncId>,
     imports: bind::ImportSlots<'d>,
@@ -239,6 +239,7 @@ impl<'d> Selector<'_, 'd> {
             let message = format!("{} is assembly without a size", self.current);
             self.refuse("overlap", func.name(), message, "give it a .size directive in both builds");
         }
+        self.join_touching(lifted);
         let mut fixups = Vec::new();
         let mut bytes = lifted.masked.clone();
         for r in &lifted.refs {
@@ -250,6 +251,7 @@ impl<'d> Selector<'_, 'd> {
                 continue;
             }
             let Some(to) = self.bind(r.target, r.access, Some(g)) else { continue };
+            self.check_end(g, r, to);
             let store = match r.field {
                 Field::Rel32 => Store::Pc32(-i64::from(r.end - r.at)),
                 Field::Rel8 => Store::Pc8,
@@ -269,6 +271,89 @@ impl<'d> Selector<'_, 'd> {
         }
         if let Some(c) = self.functions.get_mut(&g) {
             (c.bytes, c.fixups, c.lsda, c.personality) = (bytes, fixups, lsda, personality);
+        }
+    }
+
+    /// Joins the unnamed constants of a function that touch each other.
+    fn join_touching(&mut self, lifted: &crate::lift::Lifted<'d>) {
+        let mut starts: Vec<u64> = lifted
+            .refs
+            .iter()
+            .filter_map(|r| match (r.target, r.access) {
+                (Target::Data(at), Access::Extent) if !self.new.is_mutable(at) => Some(at),
+                _ => None,
+            })
+            .collect();
+        starts.sort_unstable();
+        starts.dedup();
+        let mut from = 0;
+        while from < starts.len() {
+            let mut to = from;
+            while to + 1 < starts.len() && self.new.extent_end(starts[to]) >= starts[to + 1] {
+                to += 1;
+            }
+            let end = starts[from..=to].iter().map(|at| self.new.extent_end(*at)).max().unwrap_or(0);
+            self.touching(&starts[from..=to], end);
+            from = to + 1;
+        }
+    }
+
+    /// An address without a name that is the start of one thing may be meant as the end of the one before it, if
+    /// the function walks that one. Fine where both readings give the same address, refused otherwise.
+    fn check_end(&mut self, g: FuncId, r: &crate::lift::Ref<'d>, to: Bound) {
+        let new = self.new;
+        let start = new.build.func(g).addr;
+        let named = new
+            .build
+            .relocs_in(start + u64::from(r.at), 1)
+            .iter()
+            .any(|k| !matches!(new.build.rel_sym(k).target, crate::build::SymTarget::Place));
+        let at = match r.target {
+            Target::Object(id, offset) => new.build.object(id).addr.wrapping_add_signed(offset),
+            Target::Data(at) => at,
+            _ => return,
+        };
+        let own_table =
+            matches!(crate::compare::place(new, at, at), crate::compare::Place::Pointer(Target::Func(f, _)) if f == g);
+        if r.access == Access::Indexed && !matches!(r.target, Target::Object(_, 0)) && !named && !own_table {
+            let message = format!(
+                "{} adds an index to an address that may belong to the table before or behind it",
+                self.current
+            );
+            let name = self.current.clone();
+            self.refuse("ambiguous", &name, message, "build a position-independent executable (-pie)");
+        }
+        if named || r.access != Access::Extent || at == 0 {
+            return;
+        }
+        let Some(before) = new.build.object_at(at - 1) else { return };
+        let object = new.build.object(before);
+        let walks = new.lifted[g as usize].refs.iter().any(|s| {
+            s.access != Access::Branch
+                && !matches!(s.access, Access::Exact(_))
+                && matches!(s.target, Target::Object(id, offset) if id == before && offset >= 0 && offset.cast_unsigned() < object.size)
+        });
+        let steps_back =
+            u32::try_from(object.size).is_ok_and(|n| new.lifted[g as usize].numbers.binary_search(&n).is_ok());
+        // A number as large as a small variable may be anything.
+        let steps_back = steps_back && object.size > 16;
+        if !(walks || steps_back) || object.size == 0 || object.addr + object.size != at {
+            return;
+        }
+        let as_end = self.bind_object(before, object.size.cast_signed(), Access::Branch);
+        if as_end != Some(to) {
+            let message = format!(
+                "{} takes an address that is the end of {} or the start of what follows it",
+                self.current,
+                object.name()
+            );
+            let name = object.name().to_owned();
+            self.refuse(
+                "ambiguous",
+                &name,
+                message,
+                "keep the order of variables, or use an index in place of an end pointer",
+            );
         }
     }
 
