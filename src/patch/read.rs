@@ -5,7 +5,8 @@ use std::fmt;
 use goblin::elf::{header, program_header, reloc, section_header, sym, Elf};
 
 use super::{
-    Manifest, ENTRY_JUMP_LEN, FORMAT_VERSION, MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_DIGEST, NOTE_TYPE_TARGET, SHN_TARGET_IMAGE,
+    Manifest, ENTRY_JUMP_LEN, FORMAT_VERSION, MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_DIGEST, NOTE_TYPE_TARGET,
+    SHN_TARGET_IMAGE,
 };
 use crate::addr::ImageAddr;
 
