@@ -208,6 +208,7 @@ impl PtraceProcess {
         limits: HoldLimits,
         check: &mut dyn StackCheck,
     ) -> Result<PtraceHeld<'_>, HoldError> {
+        sys::stay_in_memory();
         self.release_lingering();
         let ranked = self.ranked()?;
         let count = ranked.len();

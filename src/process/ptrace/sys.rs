@@ -315,6 +315,13 @@ impl Drop for Priority {
     }
 }
 
+/// Keeps the tool itself in memory, so that no page of it is fetched while threads are held. Where that is not
+/// permitted, a hold takes a little longer.
+pub fn stay_in_memory() {
+    // SAFETY: no memory of ours changes its content.
+    unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
+}
+
 /// While it lives, the signals with which people end a command wait: what was begun is finished or undone first.
 pub struct Undisturbed(Option<libc::sigset_t>);
 
