@@ -208,7 +208,7 @@ impl PtraceProcess {
         limits: HoldLimits,
         check: &mut dyn StackCheck,
     ) -> Result<PtraceHeld<'_>, HoldError> {
-        sys::stay_in_memory();
+        stay_in_memory();
         self.release_lingering();
         let ranked = self.ranked()?;
         let count = ranked.len();
@@ -336,6 +336,14 @@ impl PtraceProcess {
             }
         }
         Ok(())
+    }
+}
+
+/// Fetches the pages of the tool itself before threads wait for it.
+fn stay_in_memory() {
+    let own = std::fs::read("/proc/self/maps").ok().and_then(|text| crate::maps::parse(&text).ok());
+    for m in own.unwrap_or_default().iter().filter(|m| m.read && m.inode != 0) {
+        sys::populate(m.range.start, m.range.len_bytes());
     }
 }
 

@@ -315,11 +315,12 @@ impl Drop for Priority {
     }
 }
 
-/// Keeps the tool itself in memory, so that no page of it is fetched while threads are held. Where that is not
-/// permitted, a hold takes a little longer.
-pub fn stay_in_memory() {
-    // SAFETY: no memory of ours changes its content.
-    unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
+/// Has the kernel fetch pages of our own that are mapped from a file, so that none of them is missing while threads
+/// are held. Where that fails, a hold takes a little longer.
+pub fn populate(start: ProcAddr, len_bytes: u64) {
+    let Ok(len) = usize::try_from(len_bytes) else { return };
+    // SAFETY: MADV_POPULATE_READ changes no memory's content; a range that is not mapped is an error of the call.
+    unsafe { libc::madvise(start.0 as *mut libc::c_void, len, libc::MADV_POPULATE_READ) };
 }
 
 /// While it lives, the signals with which people end a command wait: what was begun is finished or undone first.
