@@ -71,8 +71,23 @@ impl Frame<'_, '_> {
         out
     }
 
+    /// The unnamed data of old functions without a partner: nobody compares it.
+    fn of_unpaired(self) -> impl Iterator<Item = u64> {
+        let unpaired =
+            self.old.lifted.iter().enumerate().filter(move |(f, _)| self.pairing.func_pair(*f as FuncId).is_none());
+        let data: Vec<u64> = unpaired
+            .flat_map(|(_, lifted)| &lifted.refs)
+            .filter_map(|r| match r.target {
+                Target::Data(at) => Some(at),
+                _ => None,
+            })
+            .collect();
+        data.into_iter()
+    }
+
     /// Passes until nothing more is doubted.
     fn compare(self, which: &[FuncId], doubtful: &mut HashSet<u64>) -> Verdicts {
+        doubtful.extend(self.of_unpaired());
         loop {
             let before = doubtful.len();
             let verdicts = self.pass(which, doubtful);
