@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod build;
+pub mod cli;
 pub mod compare;
 pub mod diff;
 pub mod emit;

@@ -1,7 +1,5 @@
 //! The `patch-builder` command.
 
-mod cli;
-
 fn main() -> std::process::ExitCode {
-    cli::main()
+    patch_builder::cli::main()
 }

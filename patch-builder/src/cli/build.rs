@@ -1,0 +1,133 @@
+//! Two builds in, a patch or a report out.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+
+use crate::cli::output::{say, write_whole};
+use crate::pipeline::{run, Options};
+
+/// What both the building and the mere reporting may be asked.
+#[derive(Args, Debug, Default)]
+pub struct Common {
+    /// Count moved line numbers as changes
+    #[arg(long)]
+    strict_locations: bool,
+    /// The old build's link map [default: OLD.map, if it is there]
+    #[arg(long, value_name = "FILE")]
+    old_map: Option<PathBuf>,
+    /// The new build's link map [default: NEW.map, if it is there]
+    #[arg(long, value_name = "FILE")]
+    new_map: Option<PathBuf>,
+    /// Overrule a refusal, on your responsibility; recorded in the patch
+    #[arg(long, value_name = "RULE[:SYMBOL]")]
+    allow: Vec<String>,
+    /// Report as JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// `patch-builder OLD NEW -o FIX.so`
+#[derive(Args, Debug)]
+pub struct BuildArgs {
+    /// The build that runs (unstripped, linked with --emit-relocs)
+    #[arg(required = true)]
+    old: Option<PathBuf>,
+    /// The build with the change
+    #[arg(required = true)]
+    new: Option<PathBuf>,
+    /// Where to write the patch
+    #[arg(short, long, value_name = "FIX.so", required = true)]
+    output: Option<PathBuf>,
+    /// The patch's name [default: the output file's stem]
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// `patch-builder diff OLD NEW`
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  patch-builder diff gateway-1.0 gateway-1.0.1 --json")]
+pub struct DiffArgs {
+    /// The build that runs
+    old: PathBuf,
+    /// The build with the change
+    new: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Common {
+    fn options(self, old: PathBuf, new: PathBuf, name: String) -> Options {
+        Options {
+            old,
+            new,
+            name,
+            strict_locations: self.strict_locations,
+            maps: (self.old_map, self.new_map),
+            allow: self.allow,
+            ..Options::default()
+        }
+    }
+}
+
+/// Diffs and writes the patch.
+pub(super) fn main(args: BuildArgs) -> ExitCode {
+    let (Some(old), Some(new), Some(output)) = (args.old, args.new, args.output) else {
+        return ExitCode::from(2);
+    };
+    let stem = output.file_stem().map_or_else(|| "patch".into(), |s| s.to_string_lossy().into_owned());
+    let json = args.common.json;
+    build(&args.common.options(old, new, args.name.unwrap_or(stem)), Some(&output), json)
+}
+
+/// Diffs and reports.
+pub(super) fn diff(args: DiffArgs) -> ExitCode {
+    let json = args.common.json;
+    let options = args.common.options(args.old, args.new, "diff".into());
+    build(&Options { only_report: true, ..options }, None, json)
+}
+
+/// Runs the pipeline, says what came of it, and writes the patch where one is wanted.
+pub(super) fn build(options: &Options, output: Option<&Path>, json: bool) -> ExitCode {
+    let outcome = match run(options) {
+        Ok(outcome) => outcome,
+        Err(e) => {
+            if json {
+                let refusals: Vec<_> = e.refusal().into_iter().collect();
+                say(&format!("{}\n", serde_json::json!({ "error": e.to_string(), "refusals": refusals })));
+            }
+            match e.refusal() {
+                Some(r) => eprintln!("patch-builder: refused [{}]: {e}", r.rule),
+                None => eprintln!("patch-builder: {e}"),
+            }
+            return ExitCode::from(e.exit_code());
+        }
+    };
+    if json {
+        say(&format!("{}\n", serde_json::to_string_pretty(&outcome.report).unwrap_or_default()));
+    } else {
+        say(&outcome.report.text());
+    }
+    if !outcome.report.refusals.is_empty() {
+        eprint!("{}", outcome.report.refusal_text());
+        eprintln!("patch-builder: refused: no file was written");
+        return ExitCode::from(3);
+    }
+    if outcome.report.functions.is_empty() {
+        let drift = if outcome.report.noise.is_empty() { "" } else { "; only lines moved" };
+        eprintln!("patch-builder: nothing differs in any function{drift}; no file was written");
+        return ExitCode::from(1);
+    }
+    let (Some(output), Some(bytes)) = (output, outcome.patch) else { return ExitCode::SUCCESS };
+    if let Err(e) = write_whole(output, &bytes) {
+        eprintln!("patch-builder: {}: {e}", output.display());
+        return ExitCode::from(1);
+    }
+    if !json {
+        say(&format!("wrote {} ({} bytes)\n", output.display(), bytes.len()));
+    }
+    ExitCode::SUCCESS
+}

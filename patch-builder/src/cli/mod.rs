@@ -1,0 +1,48 @@
+//! Text in, text out, exit codes. Each command has its own file.
+
+mod build;
+mod flags;
+mod inspect;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Diffs two linked builds into a live patch.
+#[derive(Parser)]
+#[command(
+    name = "patch-builder",
+    version,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true,
+    after_help = "Example:\n  patch-builder gateway-1.0 gateway-1.0.1 -o fee-fix.so\n  livepatch apply $(pidof gateway) fee-fix.so\n\nExit codes: 0 done, 1 error or nothing differs, 2 usage, 3 refused"
+)]
+struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    build: build::BuildArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Only report what differs
+    Diff(build::DiffArgs),
+    /// What a patch holds
+    Inspect(inspect::InspectArgs),
+    /// What to ask of the build
+    Flags(flags::FlagsArgs),
+}
+
+/// The `patch-builder` command.
+#[must_use]
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    match args.command {
+        None => build::main(args.build),
+        Some(Command::Diff(args)) => build::diff(args),
+        Some(Command::Inspect(args)) => inspect::main(&args),
+        Some(Command::Flags(args)) => flags::main(&args),
+    }
+}
