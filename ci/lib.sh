@@ -22,6 +22,9 @@ need() {
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${miss[@]}" >/dev/null; } || die "$what"
 }
 
+# want COMMAND PACKAGE: installs it when it can, else says what stays unchecked.
+want() { (need "$@") || say "NOT CHECKED: what needs $1 ($2 can't be had)"; }
+
 need_rust() { command -v cargo >/dev/null || die "missing: a Rust toolchain (https://rustup.rs)"; need gcc gcc ld binutils; }
 
 # The tools, unless LIVEPATCH_BIN_DIR says where they are.

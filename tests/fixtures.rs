@@ -56,6 +56,12 @@ fn rust_must_not_patch() {
 fn check_all(which: impl Fn(&Fixture) -> bool) {
     let only = std::env::var("FIXTURE").unwrap_or_default();
     let chosen: Vec<Fixture> = all().into_iter().filter(|f| which(f) && (only.is_empty() || f.name == only)).collect();
+    let (lacking, chosen): (Vec<Fixture>, Vec<Fixture>) = chosen.into_iter().partition(|f| f.lacks().is_some());
+    for f in &lacking {
+        // Past the test harness, which keeps to itself what passing tests print.
+        let line = format!("SKIPPED fixture {}: {} is not installed\n", f.name, f.lacks().unwrap_or("?"));
+        std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("stderr");
+    }
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|s| {
         for _ in 0..2 {
@@ -84,7 +90,7 @@ fn check(f: &Fixture) -> Result<(), String> {
     }
     let fix = f.dir().join("fix.so");
     let _ = std::fs::remove_file(&fix);
-    let built = build_patch(&old, &new, &fix);
+    let built = build_patch(&f.image(&old), &f.image(&new), &fix);
     built.expect_no_crash()?.expect_code(f.builder_exit())?;
     if fix.is_file() != (f.builder_exit() == 0) {
         return Err(format!(

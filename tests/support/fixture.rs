@@ -22,6 +22,10 @@ pub struct Fixture {
     pub flags: [Vec<String>; 2],
     pub only_flags: Option<Vec<String>>,
     pub strip: bool,
+    /// The compiler, where it is not the usual one of the language.
+    pub cc: Option<String>,
+    /// The fixture's units are a shared library: `linked` to the program, or `dlopened` by it.
+    pub library: Option<String>,
     pub changed: Vec<String>,
     pub new: Vec<String>,
     pub data: Vec<(String, String)>,
@@ -90,6 +94,8 @@ fn parse(path: &Path) -> Fixture {
             "flags-new" => f.flags[1].extend(words(value)),
             "only-flags" => f.only_flags = Some(words(value)),
             "strip" => f.strip = true,
+            "cc" => f.cc = Some(value.to_owned()),
+            "library" => f.library = Some(value.to_owned()),
             "expect-changed" => f.changed.extend(words(value)),
             "expect-new" => f.new.extend(words(value)),
             "expect-data" => f.data.push((pair().0, pair().1.unwrap_or_default())),
@@ -111,6 +117,26 @@ impl Fixture {
         !self.refusals.is_empty() || self.exit.is_some() || self.apply_exit.is_some()
     }
 
+    /// The first tool that this machine lacks and this fixture needs.
+    pub fn lacks(&self) -> Option<&str> {
+        let linkers = self.flags.iter().flatten().chain(self.only_flags.iter().flatten());
+        let linkers = linkers.filter_map(|flag| match flag.split_once("-fuse-ld=")?.1 {
+            "mold" => Some("mold"),
+            "lld" => Some("ld.lld"),
+            _ => None,
+        });
+        self.cc.as_deref().into_iter().chain(linkers).find(|tool| !is_installed(tool))
+    }
+
+    /// What patch-builder compares, given one of the two programs that [`Fixture::build`] returned.
+    pub fn image(&self, program: &Path) -> PathBuf {
+        if self.library.is_some() {
+            program.with_extension("so")
+        } else {
+            program.to_owned()
+        }
+    }
+
     /// What patch-builder must exit with.
     pub fn builder_exit(&self) -> i32 {
         self.exit.unwrap_or(if self.refusals.is_empty() { 0 } else { 3 })
@@ -130,7 +156,7 @@ impl Fixture {
     pub fn build_in(&self, dir: &Path) -> Result<[PathBuf; 2], String> {
         let work = dir.join("src");
         let out = SIDES.map(|side| dir.join(side));
-        let stamp = format!("{} {self:?}", toolchain());
+        let stamp = format!("{} {} {self:?}", toolchain(), self.tools());
         let stamp = common_text().iter().fold(stamp, |s, (_, t)| s + t);
         let stamped = dir.join("stamp");
         if out.iter().all(|p| p.is_file()) && std::fs::read_to_string(&stamped).is_ok_and(|s| s == stamp) {
@@ -145,14 +171,26 @@ impl Fixture {
                 std::fs::create_dir_all(path.parent().expect("a folder")).map_err(io)?;
                 std::fs::write(path, text).map_err(io)?;
             }
-            let ran = run(self.compiler(side, program).current_dir(&work));
-            ran.expect_code(0)?;
+            let image = self.image(program);
+            run(self.compiler(side, &image).current_dir(&work)).expect_code(0)?;
+            if let Some(how) = &self.library {
+                run(host(how, &image, program).current_dir(&work)).expect_code(0)?;
+            }
             if self.strip {
-                run(Command::new("strip").arg(program)).expect_code(0)?;
+                run(Command::new("strip").arg(&image)).expect_code(0)?;
             }
         }
         std::fs::write(stamped, stamp).map_err(io)?;
         Ok(out)
+    }
+
+    /// The versions of the tools that not every fixture uses.
+    fn tools(&self) -> String {
+        let uses = |word: &str| self.flags.iter().flatten().any(|flag| flag.ends_with(word));
+        let linkers = [("mold", uses("-fuse-ld=mold")), ("ld.lld", uses("-fuse-ld=lld"))];
+        let tools =
+            self.cc.as_deref().into_iter().chain(linkers.iter().filter(|(_, used)| *used).map(|(tool, _)| *tool));
+        tools.map(version).collect()
     }
 
     fn compiler(&self, side: usize, out: &Path) -> Command {
@@ -165,7 +203,7 @@ impl Fixture {
                 &["-g", "-O", "-Csymbol-mangling-version=v0", "-Ccodegen-units=1", "-Clink-arg=-Wl,--emit-relocs"],
             ),
         };
-        let mut command = Command::new(program);
+        let mut command = Command::new(self.cc.as_deref().unwrap_or(program));
         match &self.only_flags {
             Some(flags) => command.args(flags),
             None => command.args(defaults),
@@ -175,18 +213,39 @@ impl Fixture {
                 command.args(["--edition", "2021", "--crate-name", "fixture", "fixture.rs"]);
             }
             _ => {
-                command.args(["-pthread", "-I."]).args(self.units[side].iter().map(|(name, _)| name)).arg("main.c");
+                command.args(["-pthread", "-I."]).args(self.units[side].iter().map(|(name, _)| name));
+                match &self.library {
+                    Some(_) => command.args(["-shared", "-fPIC"]),
+                    None => command.arg("main.c"),
+                };
             }
         }
         for flag in &self.flags[side] {
             match flag.as_str() {
                 "{lld}" => command.arg("-fuse-ld=lld").arg(format!("-B{}", lld_dir())),
-                flag => command.arg(flag),
+                flag => command.arg(flag.replace("{map}", &format!("-Wl,-Map={}.map", out.display()))),
             };
         }
         command.arg("-o").arg(out);
         command
     }
+}
+
+/// The program of a fixture that is a library: the common loop, which links the library or loads it.
+fn host(how: &str, library: &Path, out: &Path) -> Command {
+    let mut command = Command::new("gcc");
+    command.args(["-g", "-O2", "-pthread", "-rdynamic", "-Wl,--build-id", "main.c", "-o"]).arg(out);
+    match how {
+        "linked" => command.arg("-DLINKED").arg(library),
+        "dlopened" => command.arg(format!("-DLOADED=\"{}\"", library.display())).arg("-ldl"),
+        other => panic!("a library is linked or dlopened, not {other:?}"),
+    };
+    command
+}
+
+fn is_installed(tool: &str) -> bool {
+    let dirs = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&dirs).any(|dir| dir.join(tool).is_file())
 }
 
 fn common() -> PathBuf {
@@ -210,11 +269,10 @@ fn lld_dir() -> String {
 
 fn toolchain() -> &'static str {
     static VERSION: OnceLock<String> = OnceLock::new();
-    VERSION.get_or_init(|| {
-        ["gcc", "g++", "rustc", "ld"]
-            .iter()
-            .map(|p| run(Command::new(p).arg("--version")).stdout.lines().next().unwrap_or("?").to_owned())
-            .collect::<Vec<_>>()
-            .join(", ")
-    })
+    VERSION.get_or_init(|| ["gcc", "g++", "rustc", "ld"].map(version).join(", "))
+}
+
+/// The first line of what a tool says of its version.
+fn version(tool: &str) -> String {
+    run(Command::new(tool).arg("--version")).stdout.lines().next().unwrap_or("?").to_owned()
 }
