@@ -102,12 +102,34 @@ impl Layout {
     }
 }
 
+/// What a patch refers to outside of itself, in the process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    /// Where the old image is.
+    pub bias: LoadBias,
+    /// Where each of the manifest's imports is.
+    pub imports: Vec<ProcAddr>,
+    /// Address zero of the patch that this one takes the place of.
+    pub previous: Option<ProcAddr>,
+}
+
+impl Links {
+    fn resolve(&self, target: RelocTarget, base: ProcAddr) -> Option<ProcAddr> {
+        match target {
+            RelocTarget::Image(at) => self.bias.to_process(at),
+            RelocTarget::Patch(at) => base.checked_add(at),
+            RelocTarget::Import(index) => self.imports.get(index).copied(),
+            RelocTarget::Previous(at) => self.previous?.checked_add(at),
+        }
+    }
+}
+
 /// The patch's segments, relocated, and the stub page.
 ///
 /// # Errors
 ///
 /// A relocation does not reach its target.
-pub fn pieces(patch: &PatchFile, layout: &Layout, bias: LoadBias) -> Result<Vec<Piece>, Refusal> {
+pub fn pieces(patch: &PatchFile, layout: &Layout, links: &Links) -> Result<Vec<Piece>, Refusal> {
     let stub_range = ProcRange { start: layout.stub, end: layout.base };
     let mut out = vec![Piece { range: stub_range, access: Access::Execute, bytes: insn::CALL_STUB.to_vec() }];
     for segment in &patch.segments {
@@ -116,10 +138,7 @@ pub fn pieces(patch: &PatchFile, layout: &Layout, bias: LoadBias) -> Result<Vec<
         for reloc in patch.relocs.get(first..).unwrap_or(&[]) {
             let Some(offset) = reloc.at.checked_sub(segment.at).filter(|o| *o < bytes.len() as u64) else { break };
             let place = layout.base.checked_add(reloc.at);
-            let symbol = match reloc.target {
-                RelocTarget::Image(at) => bias.to_process(at),
-                RelocTarget::Patch(at) => layout.base.checked_add(at),
-            };
+            let symbol = links.resolve(reloc.target, layout.base);
             let value = symbol.zip(place).and_then(|(symbol, place)| relocate(reloc.kind, symbol, reloc.addend, place));
             let unreachable = || Refusal::OutOfReach { at: place.unwrap_or_default(), to: symbol.unwrap_or_default() };
             let value = value.ok_or_else(unreachable)?;

@@ -1,4 +1,4 @@
-//! The manifest: what a patch replaces, in JSON.
+//! The manifest: what a patch replaces and needs, in JSON. Format 2; [`v1`](super::v1) reads the one before.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -43,7 +43,7 @@ impl<'de> Deserialize<'de> for HexBytes {
 }
 
 /// One build, by its GNU build-id.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BuildRef {
     /// The GNU build-id.
@@ -53,10 +53,10 @@ pub struct BuildRef {
 }
 
 /// Everything that a patch says about itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`](super::FORMAT_VERSION) at the time of writing.
+    /// The version of the format that the file was written in.
     pub format: u32,
     /// The patch's name.
     pub name: String,
@@ -70,17 +70,140 @@ pub struct Manifest {
     pub functions: Vec<Function>,
     /// New static data that the patch brings.
     pub statics: Vec<Static>,
-    /// What was done about types: `not compared` until the contract guard exists.
+    /// What was done about types.
     pub types: String,
     /// Whether an exception or a panic could cross a frame of this patch (some
     /// function has a language-specific data area or calls one that may throw).
     pub may_unwind: bool,
     /// The `--allow` rules that were needed, each `rule` or `rule:symbol`.
     pub allowances: Vec<String>,
-    /// Names of the hooks that the patch exports.
-    pub hooks: Vec<String>,
+    /// What the patch needs of libraries that the old build does not import; relocations refer to it by symbol.
+    pub imports: Vec<Import>,
+    /// The patch that this one takes the place of.
+    pub after: Option<After>,
+    /// New functions of that patch whose address somebody may hold: they get a jump, too.
+    pub redirects: Vec<Redirect>,
+    /// Functions of the patch that the engine calls around apply and revert.
+    pub hooks: Vec<Hook>,
     /// State versions that the patch declares.
     pub states: Vec<StateVersion>,
+    /// The layouts of types that the patch brings: a later patch is held against them.
+    pub layouts: Vec<TypeLayout>,
+}
+
+/// Something of a library that the patch needs and the old build does not import.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Import {
+    /// Its symbol, without version.
+    pub name: String,
+    /// The version that the new build was linked to; `None` if the library has no versions.
+    pub version: Option<String>,
+    /// The library that the version belongs to, as the new build names it (`libc.so.6`); `None` without version.
+    pub library: Option<String>,
+    /// Function or variable.
+    pub kind: ImportKind,
+}
+
+impl Import {
+    /// As the symbol table of the patch and every message have it: `name`, or `name@version`.
+    #[must_use]
+    pub fn symbol(&self) -> String {
+        match &self.version {
+            Some(version) => format!("{}@{version}", self.name),
+            None => self.name.clone(),
+        }
+    }
+}
+
+/// What an import is used as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImportKind {
+    /// It is called, or its address is taken.
+    Function,
+    /// It is read or written.
+    Variable,
+}
+
+/// The patch that this one takes the place of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct After {
+    /// Its name; for people.
+    pub name: String,
+    /// The digest of its file.
+    pub digest: HexBytes,
+}
+
+/// A new function of the previous patch that leads to one of this patch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Redirect {
+    /// Its symbol.
+    pub name: String,
+    /// Where it begins in the previous patch's address space, behind `endbr64`.
+    pub at: u64,
+    /// Its bytes from there on.
+    pub size: u64,
+    /// Where it leads, in this patch's address space.
+    pub new_at: u64,
+}
+
+/// When a hook runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookKind {
+    /// Before the entries are written; it may refuse.
+    PreApply,
+    /// After that.
+    PostApply,
+    /// Before the entries are given back.
+    PreRevert,
+    /// After that.
+    PostRevert,
+}
+
+impl HookKind {
+    /// All of them, in the order in which they run.
+    pub const ALL: [Self; 4] = [Self::PreApply, Self::PostApply, Self::PreRevert, Self::PostRevert];
+
+    /// The one spelling under which a hook is exported.
+    #[must_use]
+    pub fn symbol(self) -> &'static str {
+        match self {
+            Self::PreApply => "livepatch_pre_apply",
+            Self::PostApply => "livepatch_post_apply",
+            Self::PreRevert => "livepatch_pre_revert",
+            Self::PostRevert => "livepatch_post_revert",
+        }
+    }
+}
+
+/// A function `int (*)(void)` that the engine calls; anything but 0 means no.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hook {
+    /// When.
+    pub kind: HookKind,
+    /// Its symbol, [`HookKind::symbol`].
+    pub symbol: String,
+    /// Where it begins, as an offset in the patch's own address space.
+    pub at: u64,
+    /// Whether it needs the agent: more than a thread of its own.
+    pub agent: bool,
+}
+
+/// The layout of a type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TypeLayout {
+    /// Its name.
+    pub name: String,
+    /// Digest of the layout with everything that it consists of.
+    pub digest: HexBytes,
+    /// The layout, for people.
+    pub layout: String,
 }
 
 /// Whether a function replaces one of the old build.
@@ -111,6 +234,8 @@ pub struct Function {
     pub new_size: u64,
     /// The `file:line` it starts at, if the line table says.
     pub source: Option<String>,
+    /// Whether its address may be held by somebody after the patch was applied.
+    pub address_taken: bool,
     /// What it replaces; `None` exactly if `status` is [`Status::New`].
     pub old: Option<OldFunction>,
 }
@@ -171,6 +296,8 @@ pub struct Static {
     pub at: u64,
     /// Its length in bytes.
     pub size: u64,
+    /// Digest of its type's layout, if it is known.
+    pub type_digest: Option<HexBytes>,
 }
 
 /// A declared version of a piece of state.

@@ -4,14 +4,16 @@
 
 mod manifest;
 mod read;
+mod v1;
 
 pub use manifest::{
-    BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, StateVersion, Static, Status,
+    After, BuildRef, Companion, Entry, Function, HexBytes, Hook, HookKind, Import, ImportKind, Manifest, OldFunction,
+    Redirect, StateVersion, Static, Status, TypeLayout,
 };
 pub use read::{PatchError, PatchFile, Reloc, RelocKind, RelocTarget, Segment, SegmentKind};
 
-/// The version of the format that this code writes, and the newest that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The version of the format that this code writes, and the newest that it reads. It reads all from 1 on.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Owner name of the note that marks a patch.
 pub const NOTE_NAME: &str = "livepatch";
@@ -40,6 +42,10 @@ pub fn file_digest(bytes: &[u8], at: usize) -> Option<[u8; 32]> {
 /// specification leaves to processors; the kernel's livepatch modules use the
 /// same number for the same purpose.
 pub const SHN_TARGET_IMAGE: u16 = 0xff20;
+
+/// Section index of a symbol that lives in the patch that this one takes the place of: its value is an offset in
+/// that patch's address space.
+pub const SHN_PREVIOUS_PATCH: u16 = 0xff21;
 
 /// Section that holds the manifest.
 pub const MANIFEST_SECTION: &str = ".livepatch.manifest";

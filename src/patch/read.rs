@@ -1,12 +1,13 @@
 //! Reads a patch file. Strict: what it does not know, it rejects.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use goblin::elf::{header, program_header, reloc, section_header, sym, Elf};
 
 use super::{
     Manifest, ENTRY_JUMP_LEN, FORMAT_VERSION, MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_DIGEST, NOTE_TYPE_TARGET,
-    SHN_TARGET_IMAGE,
+    SHN_PREVIOUS_PATCH, SHN_TARGET_IMAGE,
 };
 use crate::addr::ImageAddr;
 
@@ -89,6 +90,10 @@ pub enum RelocTarget {
     Image(ImageAddr),
     /// An offset in the patch's own address space.
     Patch(u64),
+    /// An import, by its index in the manifest's list.
+    Import(usize),
+    /// An offset in the address space of the patch that this one takes the place of.
+    Previous(u64),
 }
 
 /// One relocation.
@@ -152,17 +157,21 @@ impl PatchFile {
             return Err(PatchError::NotElf(format!("type {} instead of ET_DYN", elf.header.e_type)));
         }
         check_digest(&elf, bytes)?;
-        let note_build_id = target_note(&elf, bytes)?;
+        let (version, note_build_id) = target_note(&elf, bytes)?;
         let json = section(&elf, bytes, MANIFEST_SECTION)?.ok_or(PatchError::NotAPatch("manifest"))?;
-        let manifest: Manifest = serde_json::from_slice(json).map_err(PatchError::Manifest)?;
-        if manifest.format != FORMAT_VERSION {
+        let manifest = match version {
+            1 => super::v1::read(json),
+            _ => serde_json::from_slice(json),
+        };
+        let manifest: Manifest = manifest.map_err(PatchError::Manifest)?;
+        if manifest.format != version {
             return Err(PatchError::Version(manifest.format));
         }
         if manifest.target.build_id.0 != note_build_id {
             return Err(malformed("note and manifest name different targets"));
         }
         let segments = segments(&elf, bytes)?;
-        let relocs = relocs(&elf, bytes, &segments)?;
+        let relocs = relocs(&elf, bytes, &segments, &manifest)?;
         let eh_frame = eh_frame(&elf, bytes, &segments)?;
         check_manifest(&manifest, &segments)?;
         Ok(Self { manifest, segments, relocs, eh_frame, digest: sha256(bytes) })
@@ -192,7 +201,8 @@ fn section<'a>(elf: &Elf<'_>, bytes: &'a [u8], name: &str) -> Result<Option<&'a 
     slice(bytes, header.sh_offset, header.sh_size, name).map(Some)
 }
 
-fn target_note(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<u8>, PatchError> {
+/// The format version and the target's build-id.
+fn target_note(elf: &Elf<'_>, bytes: &[u8]) -> Result<(u32, Vec<u8>), PatchError> {
     let notes = elf.iter_note_headers(bytes).ok_or(PatchError::NotAPatch("note"))?;
     let mut found = None;
     for note in notes {
@@ -203,10 +213,10 @@ fn target_note(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<u8>, PatchError> {
         let (version, build_id) =
             note.desc.split_first_chunk::<4>().ok_or_else(|| malformed("its note is too short"))?;
         let version = u32::from_le_bytes(*version);
-        if version != FORMAT_VERSION {
+        if !(1..=FORMAT_VERSION).contains(&version) {
             return Err(PatchError::Version(version));
         }
-        if build_id.is_empty() || found.replace(build_id.to_vec()).is_some() {
+        if build_id.is_empty() || found.replace((version, build_id.to_vec())).is_some() {
             return Err(malformed("it must name exactly one target build-id"));
         }
     }
@@ -276,8 +286,10 @@ fn holder(segments: &[Segment], at: u64, len: u64) -> Option<&Segment> {
     segments.iter().find(|s| s.at <= at && end <= s.at + s.data.len() as u64)
 }
 
-fn relocs(elf: &Elf<'_>, bytes: &[u8], segments: &[Segment]) -> Result<Vec<Reloc>, PatchError> {
+fn relocs(elf: &Elf<'_>, bytes: &[u8], segments: &[Segment], manifest: &Manifest) -> Result<Vec<Reloc>, PatchError> {
     let mut out: Vec<Reloc> = Vec::new();
+    let imports: HashMap<String, usize> = manifest.imports.iter().enumerate().map(|(i, m)| (m.symbol(), i)).collect();
+    let context = Context { elf, segments, imports, after: manifest.after.is_some() };
     for header in &elf.section_headers {
         match header.sh_type {
             section_header::SHT_RELA => {}
@@ -292,7 +304,7 @@ fn relocs(elf: &Elf<'_>, bytes: &[u8], segments: &[Segment]) -> Result<Vec<Reloc
             return Err(malformed("a relocation section of odd length"));
         }
         for entry in entries {
-            out.push(one_reloc(elf, entry, segments)?);
+            out.push(one_reloc(&context, entry)?);
         }
     }
     out.sort_by_key(|r| r.at);
@@ -308,7 +320,18 @@ fn relocs(elf: &Elf<'_>, bytes: &[u8], segments: &[Segment]) -> Result<Vec<Reloc
     Ok(out)
 }
 
-fn one_reloc(elf: &Elf<'_>, entry: &[u8; 24], segments: &[Segment]) -> Result<Reloc, PatchError> {
+/// What a relocation is judged by.
+struct Context<'a> {
+    elf: &'a Elf<'a>,
+    segments: &'a [Segment],
+    /// The manifest's imports, by symbol.
+    imports: HashMap<String, usize>,
+    /// Whether there is a previous patch to refer to.
+    after: bool,
+}
+
+fn one_reloc(context: &Context<'_>, entry: &[u8; 24]) -> Result<Reloc, PatchError> {
+    let Context { elf, segments, .. } = context;
     let word = |i: usize| u64::from_le_bytes(std::array::from_fn(|k| entry[i + k]));
     let (at, info, addend) = (word(0), word(8), word(16).cast_signed());
     let (kind, len) = match (info & 0xffff_ffff) as u32 {
@@ -324,7 +347,13 @@ fn one_reloc(elf: &Elf<'_>, entry: &[u8; 24], segments: &[Segment]) -> Result<Re
     let symbol = symbol.ok_or_else(|| malformed(format!("relocation at {at:#x} without its symbol")))?;
     let target = match u16::try_from(symbol.st_shndx).unwrap_or(0) {
         SHN_TARGET_IMAGE => RelocTarget::Image(ImageAddr(symbol.st_value)),
-        0 => return Err(malformed(format!("relocation at {at:#x} to an undefined symbol"))),
+        SHN_PREVIOUS_PATCH if context.after => RelocTarget::Previous(symbol.st_value),
+        0 => {
+            let import = elf.strtab.get_at(symbol.st_name).and_then(|name| context.imports.get(name));
+            let import = import.filter(|_| symbol.st_type() != sym::STT_TLS);
+            let unknown = || malformed(format!("relocation at {at:#x} to an undefined symbol"));
+            RelocTarget::Import(*import.ok_or_else(unknown)?)
+        }
         index if usize::from(index) < elf.section_headers.len() && symbol.st_type() != sym::STT_TLS => {
             if !segments.iter().any(|s| s.at <= symbol.st_value && symbol.st_value <= s.at + s.len_bytes) {
                 return Err(malformed(format!("relocation at {at:#x} to {:#x}, outside the patch", symbol.st_value)));
@@ -349,7 +378,44 @@ fn eh_frame(elf: &Elf<'_>, bytes: &[u8], segments: &[Segment]) -> Result<Option<
     }
 }
 
+/// Imports, hooks and what refers to the previous patch.
+fn check_additions(manifest: &Manifest, segments: &[Segment]) -> Result<(), PatchError> {
+    let code = |at: u64| holder(segments, at, 1).is_some_and(|s| s.kind == SegmentKind::Text);
+    let mut symbols = HashSet::new();
+    for i in &manifest.imports {
+        if i.name.is_empty() || i.version.is_none() && i.library.is_some() || !symbols.insert(i.symbol()) {
+            return Err(malformed(format!("the import {:?} is described wrongly", i.symbol())));
+        }
+    }
+    let mut kinds = HashSet::new();
+    for h in &manifest.hooks {
+        if !code(h.at) || h.symbol != h.kind.symbol() || !kinds.insert(h.kind) {
+            return Err(malformed(format!("the hook {:?} is described wrongly", h.symbol)));
+        }
+    }
+    if manifest.after.as_ref().is_some_and(|a| a.digest.0.len() != 32) {
+        return Err(malformed("the digest of the previous patch has another length"));
+    }
+    for r in &manifest.redirects {
+        let fits = r.at.checked_add(r.size).is_some_and(|end| end <= MAX_LEN_BYTES) && r.size >= ENTRY_JUMP_LEN;
+        if manifest.after.is_none() || !fits || !code(r.new_at) {
+            return Err(malformed(format!("the redirect of {:?} is described wrongly", r.name)));
+        }
+    }
+    let outside = |s: &&super::Static| {
+        let end = s.at.checked_add(s.size);
+        !segments
+            .iter()
+            .any(|g| g.kind == SegmentKind::Data && g.at <= s.at && end.is_some_and(|e| e <= g.at + g.len_bytes))
+    };
+    if let Some(s) = manifest.statics.iter().find(outside) {
+        return Err(malformed(format!("the static {:?} lies outside the writable segment", s.name)));
+    }
+    Ok(())
+}
+
 fn check_manifest(manifest: &Manifest, segments: &[Segment]) -> Result<(), PatchError> {
+    check_additions(manifest, segments)?;
     let bad = |name: &str, why: &str| Err(malformed(format!("function {name}: {why}")));
     for f in &manifest.functions {
         let text = holder(segments, f.new_at, f.new_size).is_some_and(|s| s.kind == SegmentKind::Text);

@@ -1,16 +1,16 @@
 //! Looks at a process without stopping any of it: is this the build, can it be patched, is the code as built?
 
-use super::{target, Error, Inspected, Options, Patcher};
+use super::{Error, Inspected, Options, Patcher};
 use crate::addr::{ProcAddr, ProcRange};
 use crate::elf::{self, EM_X86_64};
 use crate::image::Image;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
-use crate::plan::{self, Refusal};
+use crate::plan::{self, Links, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
 use crate::registry::{Found, State};
-use crate::transaction::Planned;
+use crate::transaction::{Planned, Target};
 
 /// Functions that switch a thread to another stack.
 const SWITCHES: [&str; 8] = [
@@ -39,11 +39,18 @@ impl Patcher {
         self.check_confinement()?;
         let manifest = &patch.manifest;
         if let Some(hook) = manifest.hooks.first() {
-            return Err(Refusal::Unsupported { what: format!("the hook {hook}") }.into());
+            return Err(Refusal::Unsupported { what: format!("the hook {}", hook.symbol) }.into());
         }
         if let Some(state) = manifest.states.first() {
             return Err(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) }.into());
         }
+        if let Some(import) = manifest.imports.first() {
+            return Err(Refusal::Unsupported { what: format!("the new import {}", import.symbol()) }.into());
+        }
+        if let Some(after) = &manifest.after {
+            return Err(Refusal::Unsupported { what: format!("to take the place of patch {}", after.name) }.into());
+        }
+        let links = Links { bias: image.bias, ..Links::default() };
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
         let newest = records.iter().rfind(|r| r.mutable.state == State::Applied);
@@ -63,8 +70,8 @@ impl Patcher {
         }
         let earlier = records.iter().find(|r: &&Found| r.payload.digest.0 == patch.digest);
         let planned = match earlier {
-            Some(found) => Planned::again(patch, image.bias, found, &branches)?,
-            None => Planned::new(patch, target(image), &self.maps, &branches)?,
+            Some(found) => Planned::again(patch, &links, found, &branches)?,
+            None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &branches)?,
         };
         Ok(Inspected { planned: Some(planned), already: false, register_frame, sequence })
     }

@@ -15,7 +15,7 @@ use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessErro
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
 use crate::stack::{Cfi, Part, WatchList, Watched};
-use crate::transaction::{Applied, Planned, SwapError, Target, TransactionError};
+use crate::transaction::{Applied, Planned, SwapError, TransactionError};
 
 mod blame;
 mod error;
@@ -401,11 +401,6 @@ impl Retry {
         self.attempts += 1;
         Ok(())
     }
-}
-
-/// The image to patch, from what was found.
-fn target(image: &Image) -> Target {
-    Target { bias: image.bias, range: image.range }
 }
 
 /// What inspecting a process for a patch found.

@@ -16,8 +16,7 @@ fn patch() -> PatchFile {
             types: String::new(),
             may_unwind: false,
             allowances: Vec::new(),
-            hooks: Vec::new(),
-            states: Vec::new(),
+            ..Manifest::default()
         },
         segments: vec![
             Segment { kind: SegmentKind::Text, at: 0, len_bytes: 32, data: vec![0x90; 32] },
@@ -45,6 +44,7 @@ fn function(code: &[u8], padding: u64) -> Function {
         new_at: 16,
         new_size: 1,
         source: None,
+        address_taken: false,
         old: Some(OldFunction {
             at: ImageAddr(0x1000),
             size,
@@ -88,7 +88,8 @@ fn relocations_are_stored_or_refused() {
     ];
     let bias = LoadBias(0x10_0000);
     let layout = Layout::at(ProcAddr(0x20_0000), 1, &patch).unwrap();
-    let pieces = pieces(&patch, &layout, bias).unwrap();
+    let links = Links { bias, ..Links::default() };
+    let pieces = pieces(&patch, &layout, &links).unwrap();
     let text = &pieces[1].bytes;
     let rel = i32::from_le_bytes(text[1..5].try_into().unwrap());
     assert_eq!(layout.base.0.wrapping_add(1).wrapping_add_signed(rel.into()), 0x10_0010 - 4);
@@ -96,10 +97,10 @@ fn relocations_are_stored_or_refused() {
     assert_eq!(pieces[2].bytes[..8], 0x10_0020u64.to_le_bytes());
     assert_eq!((pieces[1].access, pieces[2].access), (Access::Execute, Access::Write));
     let far = Layout::at(ProcAddr(0x20_0000 + (3 << 30)), 1, &patch).unwrap();
-    assert!(matches!(super::pieces(&patch, &far, bias), Err(Refusal::OutOfReach { .. })));
+    assert!(matches!(super::pieces(&patch, &far, &links), Err(Refusal::OutOfReach { .. })));
     let mut under = patch.clone();
     under.relocs = vec![reloc(8, RelocKind::Abs64, RelocTarget::Image(ImageAddr(0)), i64::MIN)];
-    assert!(matches!(super::pieces(&under, &layout, LoadBias(0)), Err(Refusal::OutOfReach { .. })));
+    assert!(matches!(super::pieces(&under, &layout, &Links::default()), Err(Refusal::OutOfReach { .. })));
 }
 
 #[test]

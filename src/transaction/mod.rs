@@ -10,7 +10,7 @@ use crate::addr::{LoadBias, ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::{HexBytes, PatchFile};
-use crate::plan::{self, CodeEdit, Layout, Piece, Refusal};
+use crate::plan::{self, CodeEdit, Layout, Links, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
     StackCheck,
@@ -44,10 +44,10 @@ pub enum TransactionError {
 }
 
 /// The image to patch, as the plan needs it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Target {
-    /// Where it is relative to where it was linked.
-    pub bias: LoadBias,
+    /// Where it is, and what else the patch refers to.
+    pub links: Links,
     /// Its bytes.
     pub range: ProcRange,
 }
@@ -122,7 +122,7 @@ impl Planned {
     /// # Errors
     ///
     /// No room, or something does not reach its target.
-    pub fn new(patch: &PatchFile, target: Target, maps: &[Mapping], branches: &[bool]) -> Result<Self, Refusal> {
+    pub fn new(patch: &PatchFile, target: &Target, maps: &[Mapping], branches: &[bool]) -> Result<Self, Refusal> {
         // An address is longest at the top of the address space: so the record can only get shorter.
         let far = || Refusal::OutOfReach { at: target.range.start, to: target.range.end };
         let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, patch).ok_or_else(far)?;
@@ -130,12 +130,12 @@ impl Planned {
         let dummies: Vec<CodeEdit> = entries
             .map(|f| CodeEdit { function: f.demangled.clone(), at: dummy.base, expected: [0; 5], new: [0; 5] })
             .collect();
-        let draft = payload(patch, &dummy, target.bias, branches).ok_or_else(far)?;
+        let draft = payload(patch, &dummy, target.links.bias, branches).ok_or_else(far)?;
         let draft = with_entries(draft, &dummies);
         let slack = 64;
         let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
         let layout = Layout::near(target.range, maps, record_bytes, patch)?;
-        Self::at(patch, target.bias, layout, branches, None)
+        Self::at(patch, &target.links, layout, branches, None)
     }
 
     /// The mapping of an earlier apply of the same patch: its data keep their values.
@@ -143,9 +143,9 @@ impl Planned {
     /// # Errors
     ///
     /// The record does not fit the patch.
-    pub fn again(patch: &PatchFile, bias: LoadBias, found: &Found, branches: &[bool]) -> Result<Self, Refusal> {
+    pub fn again(patch: &PatchFile, links: &Links, found: &Found, branches: &[bool]) -> Result<Self, Refusal> {
         let layout = Layout::at(found.region.start, found.payload.record_bytes, patch);
-        let planned = layout.map(|l| Self::at(patch, bias, l, branches, Some(found.mutable))).transpose()?;
+        let planned = layout.map(|l| Self::at(patch, links, l, branches, Some(found.mutable))).transpose()?;
         let same = |p: &Self| p.layout.region == found.region && p.payload == found.payload;
         planned.filter(same).ok_or_else(|| Refusal::Damaged {
             name: found.payload.patch.clone(),
@@ -156,15 +156,15 @@ impl Planned {
 
     fn at(
         patch: &PatchFile,
-        bias: LoadBias,
+        links: &Links,
         layout: Layout,
         branches: &[bool],
         earlier: Option<Mutable>,
     ) -> Result<Self, Refusal> {
-        let pieces = plan::pieces(patch, &layout, bias)?;
-        let edits = plan::entry_edits(patch, &layout, bias)?;
+        let pieces = plan::pieces(patch, &layout, links)?;
+        let edits = plan::entry_edits(patch, &layout, links.bias)?;
         let far = || Refusal::OutOfReach { at: layout.region.start, to: layout.region.end };
-        let payload = with_entries(payload(patch, &layout, bias, branches).ok_or_else(far)?, &edits);
+        let payload = with_entries(payload(patch, &layout, links.bias, branches).ok_or_else(far)?, &edits);
         let record_bytes = encode(&payload, &FRESH, u64::MAX).len() as u64;
         if record_bytes > payload.record_bytes {
             return Err(Refusal::NoRoom { len_bytes: record_bytes });

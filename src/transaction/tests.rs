@@ -24,6 +24,7 @@ fn function(i: u64) -> Function {
         new_at: i * 16,
         new_size: 8,
         source: None,
+        address_taken: false,
         old: Some(OldFunction {
             at: ImageAddr(0x100 + i * 16),
             size: 7,
@@ -49,8 +50,7 @@ fn patch() -> PatchFile {
             types: String::new(),
             may_unwind: false,
             allowances: Vec::new(),
-            hooks: Vec::new(),
-            states: Vec::new(),
+            ..Manifest::default()
         },
         segments: vec![
             Segment { kind: SegmentKind::Text, at: 0, len_bytes: 48, data: vec![0xc3; 48] },
@@ -78,7 +78,10 @@ fn process() -> FakeProcess {
 }
 
 fn target() -> Target {
-    Target { bias: LoadBias(IMAGE), range: ProcRange::new(ProcAddr(IMAGE), 0x1000).unwrap() }
+    Target {
+        links: Links { bias: LoadBias(IMAGE), ..Links::default() },
+        range: ProcRange::new(ProcAddr(IMAGE), 0x1000).unwrap(),
+    }
 }
 
 struct Anyone;
@@ -117,7 +120,7 @@ fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
 
 fn planned(p: &FakeProcess) -> Planned {
     let all: Vec<Mapping> = p.mappings().unwrap();
-    Planned::new(&patch(), target(), &all, &[false; 3]).unwrap()
+    Planned::new(&patch(), &target(), &all, &[false; 3]).unwrap()
 }
 
 /// How many entries hold a jump.
@@ -152,7 +155,7 @@ fn applied_and_reverted_and_applied_again() {
     p.adopt(region);
     p.write_own(data, &[6; 8]).unwrap();
     let found = registry::find(&p, &p.mappings().unwrap()).unwrap().remove(0);
-    let again = Planned::again(&patch(), target().bias, &found, &[false; 3]).unwrap();
+    let again = Planned::again(&patch(), &target().links, &found, &[false; 3]).unwrap();
     apply(&mut p, again).unwrap();
     assert_eq!((jumps(&p), p.called.len(), p.read_vec(data, 8).unwrap()), (3, 1, vec![6; 8]));
 }
@@ -218,7 +221,7 @@ fn a_thread_inside_stops_both_ways() {
     p.threads[0].registers.pc = ProcAddr(0x9999);
     let found = registry::find(&p, &p.mappings().unwrap()).unwrap();
     assert_eq!(found.len(), 1, "registered tables keep the mapping");
-    let again = Planned::again(&patch(), target().bias, &found[0], &[false; 3]).unwrap();
+    let again = Planned::again(&patch(), &target().links, &found[0], &[false; 3]).unwrap();
     apply(&mut p, again).unwrap();
     p.threads[0].registers.pc = found[0].payload.base;
     assert!(revert(&mut p).is_err(), "the first byte of new code counts");

@@ -204,6 +204,7 @@ pub fn write_patch(recipe: &Recipe<'_>, out: &Path) -> PathBuf {
             new_at,
             new_size: s.size(),
             source: None,
+            address_taken: false,
             old,
         });
     }
@@ -219,8 +220,7 @@ pub fn write_patch(recipe: &Recipe<'_>, out: &Path) -> PathBuf {
         types: "not compared".into(),
         may_unwind: recipe.may_unwind,
         allowances: Vec::new(),
-        hooks: Vec::new(),
-        states: Vec::new(),
+        ..Manifest::default()
     };
     std::fs::write(out, elf(&manifest, &pieces, &relocs, eh_frame)).unwrap();
     out.to_owned()

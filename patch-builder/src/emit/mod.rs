@@ -372,6 +372,7 @@ fn manifest(
             new_at: layout.funcs[id],
             new_size: c.len_with_islands(),
             source: diff.lines.1.source(func.addr),
+            address_taken: selection.taken.contains(id),
             old: None,
         };
         if c.part || c.olds.is_empty() {
@@ -421,9 +422,14 @@ fn manifest(
             });
         }
     }
-    let statics = selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static).map(|(i, p)| {
-        patch::Static { name: p.name.clone(), file: p.file.clone(), at: layout.pieces[i], size: p.bytes.len() as u64 }
-    });
+    let statics =
+        selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static).map(|(i, p)| patch::Static {
+            name: p.name.clone(),
+            file: p.file.clone(),
+            at: layout.pieces[i],
+            size: p.bytes.len() as u64,
+            type_digest: None,
+        });
     let unwinder = ["_Unwind_RaiseException", "_Unwind_Resume", "__cxa_throw"];
     let throws = old
         .build
@@ -440,8 +446,6 @@ fn manifest(
         statics: statics.collect(),
         types: "not compared".into(),
         may_unwind: throws || old.build.unwind.has_personality(),
-        allowances: Vec::new(),
-        hooks: Vec::new(),
-        states: Vec::new(),
+        ..Manifest::default()
     }
 }

@@ -64,6 +64,7 @@ impl<'d> Selector<'_, 'd> {
                 self.address_taken.insert(*f);
                 return Some(Bound::Image(self.old.build.func(*f).addr));
             }
+            self.taken.insert(g);
         }
         if own || carried {
             return Some(Bound::Func(g, offset));

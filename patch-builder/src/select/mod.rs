@@ -127,6 +127,8 @@ pub struct Selection {
     pub functions: BTreeMap<FuncId, Carried>,
     /// Data.
     pub pieces: Vec<Piece>,
+    /// The carried functions whose new address the patch takes.
+    pub taken: BTreeSet<FuncId>,
     /// How each replaced old function's entry is treated.
     pub entries: BTreeMap<FuncId, EntryPlan>,
     /// Reasons not to write it.
@@ -147,6 +149,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) ->
         pieces: Vec::new(),
         piece_at: HashMap::new(),
         address_taken: BTreeSet::new(),
+        taken: BTreeSet::new(),
         imports: bind::import_slots(old),
         refusals: Vec::new(),
         current: String::new(),
@@ -158,7 +161,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) ->
     let entries = jumps::plan(old, new, diff, &s.functions, &s.address_taken, &mut s.refusals);
     s.refusals.sort_by(|a, b| (&a.rule, &a.symbol, &a.message).cmp(&(&b.rule, &b.symbol, &b.message)));
     s.refusals.dedup();
-    Selection { functions: s.functions, pieces: s.pieces, entries, refusals: s.refusals }
+    Selection { functions: s.functions, pieces: s.pieces, taken: s.taken, entries, refusals: s.refusals }
 }
 
 struct Selector<'a, 'd> {
@@ -173,6 +176,8 @@ struct Selector<'a, 'd> {
     piece_at: HashMap<(u64, bool), (usize, i64)>,
     /// Old functions whose address the patch takes.
     address_taken: BTreeSet<FuncId>,
+    /// New functions whose address the patch takes.
+    taken: BTreeSet<FuncId>,
     imports: bind::ImportSlots<'d>,
     refusals: Vec<Refusal>,
     /// The function that is being carried, for messages.
