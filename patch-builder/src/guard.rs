@@ -46,7 +46,7 @@ impl<'d> Guard<'_, 'd> {
         if crate::report::ALLOWABLE.contains(&rule) {
             remedy += &format!("; if the change does not matter to what runs: --allow '{rule}:{symbol}'");
         }
-        self.out.push(Refusal { rule: rule.into(), symbol, message, remedy });
+        self.out.push(Refusal { rule: rule.into(), symbol, message, remedy, ..Refusal::default() });
     }
 
     fn named_data(&mut self) {

@@ -4,7 +4,8 @@
 //! [`lift`] brings its functions into symbolic form (a [`side`]), [`pair`] says
 //! which old symbol is which new one, [`compare`] and [`diff`] what changed,
 //! [`guard`] what may not change, [`select`] what the patch must carry,
-//! [`emit`] writes it, [`verify`] reads it back, [`report`] says it.
+//! [`emit`] writes it, [`verify`] reads it back, [`explain`] says why, and
+//! [`report`] shows it.
 //!
 //! It never touches a process.
 #![warn(missing_docs)]
@@ -15,6 +16,7 @@ pub mod cli;
 pub mod compare;
 pub mod diff;
 pub mod emit;
+pub mod explain;
 pub mod guard;
 pub mod lift;
 pub mod pair;

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
-use crate::build::{demangle, Build, BuildError};
-use crate::diff::{diff, Diff, DiffOptions};
-use crate::emit::{emit, Emitted};
+use crate::build::{Build, BuildError};
+use crate::diff::{diff, DiffOptions};
+use crate::emit::emit;
+use crate::explain::{explain, Both};
 use crate::pair::pair;
-use crate::report::{BuildInfo, DataInfo, FunctionInfo, NoiseInfo, Refusal, Report, ALLOWABLE};
-use crate::select::{select, PieceKind, Selection};
+use crate::report::{Refusal, Report, ALLOWABLE};
+use crate::select::select;
 use crate::side::Side;
 use crate::verify::verify;
 
@@ -79,7 +80,8 @@ impl Error {
     pub fn refusal(&self) -> Option<Refusal> {
         let Self::Input(path, BuildError::Incomplete { rule, what, remedy }) = self else { return None };
         let symbol = path.display().to_string();
-        Some(Refusal { rule: (*rule).into(), message: format!("{symbol}: {what}"), symbol, remedy: (*remedy).into() })
+        let (rule, message, remedy) = ((*rule).into(), format!("{symbol}: {what}"), (*remedy).into());
+        Some(Refusal { rule, message, symbol, remedy, ..Refusal::default() })
     }
 }
 
@@ -154,7 +156,8 @@ pub fn run(options: &Options) -> Result<Outcome, Error> {
             Err(more) => refusals.extend(more),
         }
     }
-    let report = report(options, &old, &new, &found, &selection, refusals, emitted.as_ref());
+    let both = Both { old: &old, new: &new, pairing: &pairing, found: &found, selection: &selection };
+    let report = explain(&both, &options.name, refusals, emitted.as_ref());
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
     Ok(Outcome { report, patch })
 }
@@ -182,99 +185,5 @@ fn link_map(build: &Path, given: Option<&Path>) -> Result<Option<String>, Error>
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
         Err(e) if given.is_none() && e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::Input(path, BuildError::Io(e))),
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    livepatch::patch::HexBytes(bytes.to_vec()).to_string()
-}
-
-#[allow(clippy::too_many_arguments, reason = "one call, every argument another stage's result")]
-fn report(
-    options: &Options,
-    old: &Side<'_>,
-    new: &Side<'_>,
-    found: &Diff,
-    selection: &Selection,
-    refusals: Vec<Refusal>,
-    emitted: Option<&Emitted>,
-) -> Report {
-    let mut functions = Vec::new();
-    for c in selection.functions.values().filter(|c| !c.part) {
-        let func = new.build.func(c.new);
-        let base = FunctionInfo {
-            name: func.name().to_owned(),
-            demangled: demangle(func.name()),
-            aliases: func.names.iter().skip(1).map(|n| demangle(n.text)).collect(),
-            status: "new",
-            reason: c.reason.clone(),
-            old_addr: None,
-            old_size: None,
-            new_size: func.size,
-            entry_jump: false,
-            companions: crate::diff::companions(new, c.new)
-                .iter()
-                .map(|p| new.build.func(*p).name().to_owned())
-                .collect(),
-            source: found.lines.1.source(func.addr),
-        };
-        if c.olds.is_empty() {
-            functions.push(base);
-            continue;
-        }
-        for f in &c.olds {
-            let of = old.build.func(*f);
-            let plan = selection.entries.get(f);
-            let mut companions = base.companions.clone();
-            companions.extend(plan.into_iter().flat_map(|p| &p.parts).map(|p| old.build.func(*p).name().to_owned()));
-            companions.sort();
-            companions.dedup();
-            functions.push(FunctionInfo {
-                name: of.name().to_owned(),
-                demangled: demangle(of.name()),
-                aliases: of.names.iter().skip(1).map(|n| demangle(n.text)).collect(),
-                status: "changed",
-                old_addr: Some(format!("{:#x}", of.addr)),
-                old_size: Some(of.size),
-                entry_jump: plan.is_some_and(|p| p.at.is_some()),
-                companions,
-                ..base.clone()
-            });
-        }
-    }
-    let data = selection.pieces.iter().map(|p| {
-        let kind = match p.kind {
-            PieceKind::Static => "static",
-            PieceKind::Slot | PieceKind::Stub => "slot",
-            PieceKind::Constant | PieceKind::Lsda => "constant",
-        };
-        DataInfo { name: p.name.clone(), kind, size: p.bytes.len() as u64 }
-    });
-    let noise = found.noise.iter().flat_map(|(f, all)| {
-        let function = demangle(old.build.func(*f).name());
-        all.iter().map(move |n| NoiseInfo { function: function.clone(), rule: n.rule, detail: n.detail.clone() })
-    });
-    let mut warnings = Vec::new();
-    for (lines, side) in [(&found.lines.0, old), (&found.lines.1, new)] {
-        if !lines.present {
-            warnings.push(format!(
-                "{} has no debug information: lines that moved count as changes (build with -g)",
-                side.build.path
-            ));
-        }
-    }
-    if emitted.is_some_and(|e| e.manifest.functions.iter().all(|f| f.old.as_ref().is_none_or(|o| o.entry.is_none()))) {
-        warnings.push("no entry gets a jump: nothing outside the patch calls what changed".into());
-    }
-    Report {
-        name: options.name.clone(),
-        target: BuildInfo { build_id: hex(&old.build.build_id), path: old.build.path.clone() },
-        new: BuildInfo { build_id: hex(&new.build.build_id), path: new.build.path.clone() },
-        functions,
-        data: data.collect(),
-        noise: noise.collect(),
-        refusals,
-        warnings,
-        types: "not compared",
     }
 }

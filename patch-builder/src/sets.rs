@@ -32,6 +32,7 @@ pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> 
                 symbol: name.clone(),
                 message: format!("the set that the linker collects in section {name} changed"),
                 remedy: "the running process keeps its set: restart".into(),
+                ..Refusal::default()
             });
         }
     }
@@ -58,6 +59,7 @@ pub fn unseen_users(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Di
                 message: format!("{symbol} changed, and the code that uses it can't be told in a build without -fPIE"),
                 symbol,
                 remedy: "build a position-independent executable (-pie)".into(),
+                ..Refusal::default()
             });
         }
     }

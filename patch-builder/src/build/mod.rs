@@ -9,6 +9,7 @@ mod elf;
 mod lines;
 mod linkmap;
 mod names;
+mod scopes;
 mod symbols;
 mod unwind;
 
@@ -18,6 +19,7 @@ pub use dynamic::{DynKind, DynRel};
 pub use elf::{Reloc, Section};
 pub use lines::{Lines, Row};
 pub use names::{canonical, demangle, has_identity, split_suffix};
+pub use scopes::{Inlined, Scope, Scopes, SourceFile, SourceLine};
 pub use symbols::{Func, FuncId, Name, ObjId, Object, RelSym, SymTarget};
 pub use unwind::{Fde, Personality, Unwind};
 

@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::cli::output::{say, write_whole};
 use crate::pipeline::{run, Options};
+use crate::report::Look;
 
 /// What both the building and the mere reporting may be asked.
 #[derive(Args, Debug, Default)]
@@ -109,10 +110,10 @@ pub(super) fn build(options: &Options, output: Option<&Path>, json: bool) -> Exi
     if json {
         say(&format!("{}\n", serde_json::to_string_pretty(&outcome.report).unwrap_or_default()));
     } else {
-        say(&outcome.report.text());
+        say(&outcome.report.text(Look::of(&console::Term::stdout())));
     }
     if !outcome.report.refusals.is_empty() {
-        eprint!("{}", outcome.report.refusal_text());
+        eprint!("{}", outcome.report.refusal_text(Look::of(&console::Term::stderr())));
         eprintln!("patch-builder: refused: no file was written");
         return ExitCode::from(3);
     }

@@ -265,7 +265,8 @@ struct Contents<'a, 'b, 'd> {
 impl Contents<'_, '_, '_> {
     fn fail(&mut self, symbol: &str, message: String) {
         let remedy = "report this: it is a limit of patch-builder".into();
-        self.errors.push(Refusal { rule: "unsupported".into(), symbol: symbol.into(), message, remedy });
+        let (rule, symbol) = ("unsupported".into(), symbol.into());
+        self.errors.push(Refusal { rule, symbol, message, remedy, ..Refusal::default() });
     }
 
     fn data(&mut self, name: &'static str, start: u64, end: u64, wanted: impl Fn(PieceKind) -> bool) -> Part {
@@ -403,6 +404,7 @@ fn manifest(
                     symbol,
                     message,
                     remedy: "diff the unstripped build".into(),
+                    ..Refusal::default()
                 });
             }
             let old_function = OldFunction {

@@ -104,7 +104,8 @@ pub fn plan(
         let name = demangle(func.name());
         let mut refuse = |rule: &str, message: String, remedy: &str| {
             let symbol = name.clone();
-            refusals.push(Refusal { rule: rule.into(), symbol, message, remedy: remedy.into() });
+            let (rule, remedy) = (rule.into(), remedy.into());
+            refusals.push(Refusal { rule, symbol, message, remedy, ..Refusal::default() });
         };
         let lifted = &old.lifted[f as usize];
         if func.unsized_ || func.overlapped {

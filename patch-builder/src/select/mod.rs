@@ -187,7 +187,7 @@ struct Selector<'a, 'd> {
 impl<'d> Selector<'_, 'd> {
     fn refuse(&mut self, rule: &str, symbol: &str, message: String, remedy: &str) {
         let symbol = demangle(symbol);
-        self.refusals.push(Refusal { rule: rule.into(), symbol, message, remedy: remedy.into() });
+        self.refusals.push(Refusal { rule: rule.into(), symbol, message, remedy: remedy.into(), ..Refusal::default() });
     }
 
     fn seed(&mut self) {

@@ -1,8 +1,10 @@
 //! What patch-builder says: one structure, as JSON or as text.
 
-use std::fmt::Write as _;
+mod text;
 
 use serde::Serialize;
+
+pub use text::Look;
 
 /// The refusals that may be overruled: what they protect is the meaning of data, which somebody may know better.
 pub const ALLOWABLE: [&str; 3] = ["initial-value", "data-size", "constructor"];
@@ -66,7 +68,7 @@ pub struct NoiseInfo {
 }
 
 /// A reason not to write a patch.
-#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Serialize, PartialEq, Eq)]
 pub struct Refusal {
     /// The rule, as `--allow` takes it.
     pub rule: String,
@@ -76,6 +78,12 @@ pub struct Refusal {
     pub message: String,
     /// What to do about it.
     pub remedy: String,
+    /// How it was, line by line, where two versions say it best (a layout, a signature).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub old: Option<String>,
+    /// How it is now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new: Option<String>,
 }
 
 /// Everything that a run found.
@@ -99,56 +107,4 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// `not compared`: there is no contract guard yet.
     pub types: &'static str,
-}
-
-impl Report {
-    /// The report for a terminal.
-    #[must_use]
-    pub fn text(&self) -> String {
-        let mut out = String::new();
-        let changed = self.functions.iter().filter(|f| f.status == "changed").count();
-        let _ = writeln!(
-            out,
-            "{}: {changed} changed and {} new functions, {} bytes of code, {} bytes of data; types: {}",
-            self.name,
-            self.functions.len() - changed,
-            self.functions.iter().map(|f| f.new_size).sum::<u64>(),
-            self.data.iter().map(|d| d.size).sum::<u64>(),
-            self.types
-        );
-        for f in &self.functions {
-            let sizes = f.old_size.map_or(String::new(), |old| format!("{old} -> "));
-            let jump = match (f.status, f.entry_jump) {
-                ("changed", false) => "  (no entry jump: only this patch calls it)",
-                _ => "",
-            };
-            let _ = writeln!(out, "  {:7} {}  [{sizes}{} bytes]{jump}", f.status, f.demangled, f.new_size);
-            let at = f.source.as_ref().map_or(String::new(), |s| format!("{s}: "));
-            let _ = writeln!(out, "          {at}{}", f.reason);
-        }
-        let statics: Vec<_> = self.data.iter().filter(|d| d.kind == "static").collect();
-        for d in statics {
-            let _ = writeln!(out, "  static  {}  [{} bytes]", d.name, d.size);
-        }
-        if !self.noise.is_empty() {
-            let names: std::collections::BTreeSet<_> = self.noise.iter().map(|n| n.function.as_str()).collect();
-            let _ = writeln!(out, "  not patched, only lines moved: {} functions", names.len());
-            for n in &self.noise {
-                let _ = writeln!(out, "          {} ({}): {}", n.function, n.rule, n.detail);
-            }
-        }
-        for w in &self.warnings {
-            let _ = writeln!(out, "  warning: {w}");
-        }
-        out
-    }
-
-    /// The refusals for a terminal.
-    #[must_use]
-    pub fn refusal_text(&self) -> String {
-        self.refusals.iter().fold(String::new(), |mut out, r| {
-            let _ = writeln!(out, "refused [{}]: {}\n    what to do: {}", r.rule, r.message, r.remedy);
-            out
-        })
-    }
 }
