@@ -158,7 +158,7 @@ mod tests {
 
     fn refusal() -> Refusal {
         Refusal {
-            rule: "layout".into(),
+            rule: "data-size".into(),
             symbol: "order".into(),
             message: "struct order grew".into(),
             remedy: "restart".into(),
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn two_layouts_stand_beside_each_other() {
         let text = refusal().text(Look { columns: Some(100), colours: false });
-        let want = "refused [layout]: struct order grew\n      old           new\n      order.h:3     order.h:3\n      id   @0  8    id   @0  8\n      next @8  8  | fee  @8  4\n                  | next @16 8\n    what to do: restart\n";
+        let want = "refused [data-size]: struct order grew\n      old           new\n      order.h:3     order.h:3\n      id   @0  8    id   @0  8\n      next @8  8  | fee  @8  4\n                  | next @16 8\n    what to do: restart\n";
         assert_eq!(text, want);
     }
 
