@@ -102,38 +102,79 @@ impl Image {
     }
 
     fn try_dynamic_symbols<M: ReadMemory + ?Sized>(&self, memory: &M) -> Option<Vec<DynSymbol>> {
+        let (bytes, strings) = self.dynamic(memory)?.symbol_bytes(memory)?;
+        Some(elf::dynamic_symbols(&bytes, &strings))
+    }
+
+    /// Its dynamic section; `None` if it has none or it cannot be read.
+    pub fn dynamic<M: ReadMemory + ?Sized>(&self, memory: &M) -> Option<Dynamic> {
+        let dynamic = self.head.of_kind(elf::PT_DYNAMIC).next()?;
+        let table = memory.read_vec(self.to_process(dynamic.at, dynamic.len_bytes)?, dynamic.len_bytes).ok()?;
+        let words = table.as_chunks::<16>().0.iter().map(|e| {
+            let word = |i: usize| u64::from_le_bytes(std::array::from_fn(|k| e[i + k]));
+            (word(0), word(8))
+        });
+        Some(Dynamic { entries: words.take_while(|(tag, _)| *tag != 0).collect(), range: self.range, bias: self.bias })
+    }
+
+    /// For an executable: where the dynamic section of every image is, in the order in which the loader took them
+    /// (`struct r_debug` of link.h); empty if it does not say.
+    pub fn load_order<M: ReadMemory + ?Sized>(&self, memory: &M) -> Vec<ProcAddr> {
+        const DT_DEBUG: u64 = 21;
+        let mut out = Vec::new();
+        let debug = self.dynamic(memory).and_then(|d| d.get(DT_DEBUG)).filter(|at| *at != 0);
+        let word = |at: u64, offset: u64| memory.read_u64(ProcAddr(at).checked_add(offset)?).ok();
+        let mut next = debug.and_then(|at| word(at, 8));
+        while let Some(map) = next.filter(|at| *at != 0 && out.len() < 1 << 16) {
+            out.extend(word(map, 16).map(ProcAddr));
+            next = word(map, 24);
+        }
+        out
+    }
+}
+
+/// The dynamic section of an image.
+#[derive(Clone, Debug)]
+pub struct Dynamic {
+    entries: Vec<(u64, u64)>,
+    range: ProcRange,
+    bias: LoadBias,
+}
+
+impl Dynamic {
+    /// The values of every entry with this tag.
+    pub fn all(&self, tag: u64) -> impl Iterator<Item = u64> + '_ {
+        self.entries.iter().filter(move |(t, _)| *t == tag).map(|(_, v)| *v)
+    }
+
+    /// The value of the first entry with this tag.
+    #[must_use]
+    pub fn get(&self, tag: u64) -> Option<u64> {
+        self.all(tag).next()
+    }
+
+    /// Where the first entry with this tag points. The loader of glibc adds the bias in place, others do not.
+    #[must_use]
+    pub fn place(&self, tag: u64) -> Option<ProcAddr> {
+        let value = ProcAddr(self.get(tag)?);
+        let moved = ProcAddr(value.0.wrapping_add(self.bias.0));
+        [value, moved].into_iter().find(|at| self.range.contains(*at))
+    }
+
+    /// The bytes of its symbol table and of its strings.
+    pub fn symbol_bytes<M: ReadMemory + ?Sized>(&self, memory: &M) -> Option<(Vec<u8>, Vec<u8>)> {
         const DT_HASH: u64 = 4;
         const DT_STRTAB: u64 = 5;
         const DT_SYMTAB: u64 = 6;
         const DT_STRSZ: u64 = 10;
         const DT_GNU_HASH: u64 = 0x6fff_fef5;
-        let dynamic = self.head.of_kind(elf::PT_DYNAMIC).next()?;
-        let table = memory.read_vec(self.to_process(dynamic.at, dynamic.len_bytes)?, dynamic.len_bytes).ok()?;
-        let (words, _) = table.as_chunks::<8>();
-        let get = |tag: u64| {
-            words
-                .chunks_exact(2)
-                .map(|p| (u64::from_le_bytes(p[0]), u64::from_le_bytes(p[1])))
-                .take_while(|(t, _)| *t != 0)
-                .find(|(t, _)| *t == tag)
-                .map(|(_, v)| v)
+        let count = match self.place(DT_HASH) {
+            Some(hash) => memory.read_u64(hash).ok()? >> 32,
+            None => gnu_hash_count(memory, self.place(DT_GNU_HASH)?)?,
         };
-        // The loader of glibc adds the bias in place, others do not.
-        let place = |v: u64| {
-            if self.range.contains(ProcAddr(v)) {
-                Some(ProcAddr(v))
-            } else {
-                self.to_process(ImageAddr(v), 1)
-            }
-        };
-        let count = match get(DT_HASH) {
-            Some(hash) => memory.read_u64(place(hash)?).ok()? >> 32,
-            None => gnu_hash_count(memory, place(get(DT_GNU_HASH)?)?)?,
-        };
-        let symbols = place(get(DT_SYMTAB)?)?;
-        let bytes = memory.read_vec(symbols, count.checked_mul(elf::SYM_BYTES)?).ok()?;
-        let strings = memory.read_vec(place(get(DT_STRTAB)?)?, get(DT_STRSZ)?).ok()?;
-        Some(elf::dynamic_symbols(&bytes, &strings))
+        let symbols = memory.read_vec(self.place(DT_SYMTAB)?, count.checked_mul(elf::SYM_BYTES)?).ok()?;
+        let strings = memory.read_vec(self.place(DT_STRTAB)?, self.get(DT_STRSZ)?).ok()?;
+        Some((symbols, strings))
     }
 }
 

@@ -32,6 +32,8 @@ pub mod image;
 #[cfg(feature = "engine")]
 pub mod insn;
 #[cfg(feature = "engine")]
+pub mod link;
+#[cfg(feature = "engine")]
 pub mod maps;
 #[cfg(feature = "engine")]
 pub mod memory;

@@ -103,6 +103,8 @@ pub struct Import {
     pub library: Option<String>,
     /// Function or variable.
     pub kind: ImportKind,
+    /// Whether it may be missing: then its address is 0.
+    pub weak: bool,
 }
 
 impl Import {

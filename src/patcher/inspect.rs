@@ -4,6 +4,7 @@ use super::{Error, Inspected, Options, Patcher};
 use crate::addr::{ProcAddr, ProcRange};
 use crate::elf::{self, EM_X86_64};
 use crate::image::Image;
+use crate::link::{LinkError, Scope};
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
 use crate::plan::{self, Links, Refusal};
@@ -44,13 +45,9 @@ impl Patcher {
         if let Some(state) = manifest.states.first() {
             return Err(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) }.into());
         }
-        if let Some(import) = manifest.imports.first() {
-            return Err(Refusal::Unsupported { what: format!("the new import {}", import.symbol()) }.into());
-        }
         if let Some(after) = &manifest.after {
             return Err(Refusal::Unsupported { what: format!("to take the place of patch {}", after.name) }.into());
         }
-        let links = Links { bias: image.bias, ..Links::default() };
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
         let newest = records.iter().rfind(|r| r.mutable.state == State::Applied);
@@ -64,6 +61,7 @@ impl Patcher {
             self.check_contexts()?;
         }
         let branches = self.check_code(image, patch)?;
+        let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous: None };
         let register_frame = self.find_register_frame();
         if manifest.may_unwind && register_frame.is_none() {
             return Err(Refusal::NoUnwinder.into());
@@ -144,6 +142,18 @@ impl Patcher {
             }
         }
         Ok(())
+    }
+
+    /// Where everything is that the patch imports.
+    fn imports(&self, image: &Image, patch: &PatchFile) -> Result<Vec<ProcAddr>, Error> {
+        let imports = &patch.manifest.imports;
+        if imports.is_empty() {
+            return Ok(Vec::new());
+        }
+        let scope = Scope::read(&self.process, &self.images, image, &image.load_order(&self.process));
+        let find = |i| scope.find(&self.process, i);
+        let found: Result<_, LinkError> = imports.iter().map(find).collect();
+        Ok(found.map_err(|e| Refusal::Import { what: e.to_string(), remedy: e.remedy().into() })?)
     }
 
     /// Compares every old function with what the patch was built for; tells for each whether it branches to its entry.

@@ -156,6 +156,14 @@ pub enum Refusal {
     /// Unwind tables are needed and cannot be registered.
     #[error("a panic or exception may cross the patch, and the process offers no __register_frame")]
     NoUnwinder,
+    /// Something that the patch imports cannot be found.
+    #[error("the patch imports what cannot be bound: {what}")]
+    Import {
+        /// What, and why.
+        what: String,
+        /// What to do about it.
+        remedy: String,
+    },
     /// The patch asks for something that this version cannot do.
     #[error("the patch needs {what}, which this version cannot do from outside")]
     Unsupported {
@@ -197,6 +205,7 @@ impl Refusal {
             Self::NotNewest { .. } => "not-newest",
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
+            Self::Import { .. } => "import",
             Self::Unsupported { .. } => "unsupported",
             Self::NoExecutableMemory { .. } => "no-executable-memory",
         }
@@ -233,6 +242,7 @@ impl Refusal {
             Self::NotNewest { newest, .. } => format!("revert {newest} first, or use --all"),
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program with libgcc_s (the default of gcc and rustc)".into(),
+            Self::Import { remedy, .. } => remedy.clone(),
             Self::Unsupported { .. } => "build the patch without it".into(),
             Self::NoExecutableMemory { .. } => "relax the policy (SELinux execmem, seccomp) for this process".into(),
         }

@@ -35,22 +35,58 @@ pub struct DynRel<'d> {
     pub kind: DynKind<'d>,
 }
 
+/// A symbol that a library defines for this image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImportSym<'d> {
+    /// The version that it was linked to, if any.
+    pub version: Option<&'d str>,
+    /// The library to which that version belongs.
+    pub library: Option<&'d str>,
+    /// Whether it may be missing.
+    pub weak: bool,
+    /// Whether it is known to be a variable.
+    pub variable: bool,
+    /// Whether it is thread-local.
+    pub thread_local: bool,
+    /// Whether the image imports two versions of this name.
+    pub twice: bool,
+}
+
 pub struct Dynamic<'d> {
     pub relocs: HashMap<u64, DynRel<'d>>,
     pub exported: HashSet<u64>,
+    pub imports: HashMap<&'d str, ImportSym<'d>>,
 }
 
 pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d>, BuildError> {
     let syms = raw.table.symbols(Le, raw.bytes, elf::SHT_DYNSYM).map_err(damaged)?;
+    let versions = raw.table.versions(Le, raw.bytes).map_err(damaged)?.unwrap_or_default();
+    let text = |bytes: &'d [u8]| std::str::from_utf8(bytes).map_err(|_| damaged("a symbol version that is not text"));
     let mut exported = HashSet::new();
+    let mut imports: HashMap<&'d str, ImportSym<'d>> = HashMap::new();
     let mut resolved = Vec::with_capacity(syms.len());
-    for sym in syms.symbols() {
+    for (index, sym) in syms.enumerate() {
         let name = sym.name(Le, syms.strings()).map_err(damaged)?;
         let name = std::str::from_utf8(name).map_err(|_| damaged("a dynamic symbol's name is not text"))?;
         let defined = sym.st_shndx(Le) != elf::SHN_UNDEF;
         let value = sym.st_value(Le);
         if defined && sym.st_type() != elf::STT_TLS {
             exported.insert(value);
+        }
+        // A copy of a library's variable is defined here, and has the library's version.
+        let index = versions.version_index(Le, index).index();
+        let version = versions.version(index).map_err(damaged)?.filter(|v| v.file().is_some() || !defined);
+        if !name.is_empty() && (!defined || version.is_some()) {
+            let import = ImportSym {
+                version: version.map(|v| text(v.name())).transpose()?,
+                library: version.and_then(|v| v.file()).map(text).transpose()?,
+                weak: sym.st_bind() == elf::STB_WEAK && !defined,
+                variable: sym.st_type() == elf::STT_OBJECT,
+                thread_local: sym.st_type() == elf::STT_TLS,
+                twice: false,
+            };
+            let known = imports.entry(name).or_insert(import);
+            known.twice |= known.version != import.version;
         }
         resolved.push((name, defined, value));
     }
@@ -74,7 +110,7 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d
             }
         }
     }
-    Ok(Dynamic { relocs, exported })
+    Ok(Dynamic { relocs, exported, imports })
 }
 
 fn kind_of<'d>(kind: u32, sym: Option<(&'d str, bool, u64)>, addend: i64) -> DynKind<'d> {

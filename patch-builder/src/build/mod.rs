@@ -15,7 +15,7 @@ mod unwind;
 
 use std::collections::{HashMap, HashSet};
 
-pub use dynamic::{DynKind, DynRel};
+pub use dynamic::{DynKind, DynRel, ImportSym};
 pub use elf::{Reloc, Section};
 pub use lines::{Lines, Row};
 pub use names::{canonical, demangle, has_identity, split_suffix};
@@ -93,6 +93,8 @@ pub struct Build<'d> {
     pub rel_syms: Vec<RelSym<'d>>,
     /// Dynamic relocations by the address they change.
     pub dynamic: HashMap<u64, DynRel<'d>>,
+    /// What libraries define for it, by name.
+    pub imports: HashMap<&'d str, ImportSym<'d>>,
     /// Stubs of the procedure linkage table: address to import.
     pub plt: HashMap<u64, &'d str>,
     /// Addresses that the dynamic symbol table exports.
@@ -142,6 +144,7 @@ impl<'d> Build<'d> {
             relocs,
             dynamic: dynamic.relocs,
             exported: dynamic.exported,
+            imports: dynamic.imports,
             plt,
             hard_bounds: symbols.bounds,
             soft_bounds: symbols.labels,
@@ -279,6 +282,12 @@ impl<'d> Build<'d> {
     #[must_use]
     pub fn object(&self, id: ObjId) -> &Object<'d> {
         &self.objects[id as usize]
+    }
+
+    /// The version of an import; `None` also for what is none.
+    #[must_use]
+    pub fn import_version(&self, name: &str) -> Option<&'d str> {
+        self.imports.get(name)?.version
     }
 
     /// The bytes of a function.

@@ -67,6 +67,19 @@ fn inspect(path: &Path, json: bool) -> ExitCode {
         }
         out += "\n";
     }
+    for i in &m.imports {
+        out += &format!(
+            "  import  {}{}\n",
+            i.symbol(),
+            i.library.as_ref().map_or_else(String::new, |l| format!(" of {l}"))
+        );
+    }
+    if let Some(after) = &m.after {
+        out += &format!("  after   {}  {}\n", after.name, after.digest);
+    }
+    for h in &m.hooks {
+        out += &format!("  hook    {}\n", h.symbol);
+    }
     for a in &m.allowances {
         out += &format!("  allowed {a}\n");
     }

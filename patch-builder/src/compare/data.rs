@@ -114,7 +114,7 @@ impl<'d> Comparer<'_, 'd> {
                     }
                     4
                 }
-                (Place::Import(m, s), Place::Import(n, t)) if m == n && s == t => 8,
+                (Place::Import(m, s), Place::Import(n, t)) if s == t && self.same_import(m, n) => 8,
                 _ => return false,
             };
             offset += step;
@@ -132,7 +132,7 @@ impl<'d> Comparer<'_, 'd> {
     /// Two slots of the global offset table, by what the dynamic linker puts there.
     pub(super) fn slots(&mut self, s: u64, t: u64) -> bool {
         match (slot(self.old, s), slot(self.new, t)) {
-            (Place::Import(m, x), Place::Import(n, y)) => m == n && x == y,
+            (Place::Import(m, x), Place::Import(n, y)) => x == y && self.same_import(m, n),
             (Place::Pointer(x), Place::Pointer(y)) => self.targets(x, y, Access::Extent),
             _ => false,
         }

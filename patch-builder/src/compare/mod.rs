@@ -128,7 +128,8 @@ impl<'a, 'd> Comparer<'a, 'd> {
             (Target::Func(f, x), Target::Func(g, y)) => {
                 x == y && (self.context == Some((f, g)) || self.func_refs(f, g) && self.func_bodies(f, g))
             }
-            (Target::Plt(x), Target::Plt(y)) | (Target::Empty(x), Target::Empty(y)) => x == y,
+            (Target::Plt(x), Target::Plt(y)) => self.same_import(x, y),
+            (Target::Empty(x), Target::Empty(y)) => x == y,
             (Target::Slot(s), Target::Slot(t)) => self.slots(s, t),
             (Target::Tls(s, x), Target::Tls(t, y)) => x == y && self.pairing.tls_pair(s) == Some(t),
             (Target::Object(o, x), Target::Object(p, y)) => x == y && self.object_refs(o, p, x, access),
@@ -316,9 +317,14 @@ impl<'d> Comparer<'_, 'd> {
     pub fn places(&mut self, a: Place<'d>, b: Place<'d>) -> bool {
         match (a, b) {
             (Place::Pointer(s), Place::Pointer(t)) => self.targets(s, t, Access::Extent),
-            (Place::Import(m, x), Place::Import(n, y)) => m == n && x == y,
+            (Place::Import(m, x), Place::Import(n, y)) => x == y && self.same_import(m, n),
             _ => false,
         }
+    }
+
+    /// Whether both builds mean the same symbol of a library: name and version.
+    pub(crate) fn same_import(&self, m: &str, n: &str) -> bool {
+        m == n && self.old.build.import_version(m) == self.new.build.import_version(n)
     }
 }
 

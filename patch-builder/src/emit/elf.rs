@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use livepatch::patch::{MANIFEST_SECTION, SHN_TARGET_IMAGE};
+use livepatch::patch::{Import, MANIFEST_SECTION, SHN_TARGET_IMAGE};
 use object::elf;
 use object::write::elf::{Encoder, FileHeader, FileHeaderLayout, ProgramHeader, Rel, SectionHeader, Sym};
 use object::Endianness;
@@ -47,6 +47,7 @@ fn access(part: &Part) -> u32 {
 pub(super) fn write(
     parts: &[Part],
     symbols: &[OutSymbol],
+    imports: &[Import],
     manifest: &[u8],
     image_name: &dyn Fn(u64) -> String,
 ) -> Vec<u8> {
@@ -101,7 +102,7 @@ pub(super) fn write(
     headers.push(plain(names.add(MANIFEST_SECTION), elf::SHT_PROGBITS, out.len() as u64, manifest.len() as u64));
     out.extend(manifest);
 
-    // Symbols: null, one for each section (local), functions and statics, addresses of the image.
+    // Symbols: null, one for each section (local), functions and statics, addresses of the image, imports.
     let section_of = |at: u64| parts.iter().rposition(|p| p.at <= at && at <= p.at + p.len).unwrap_or(0);
     let mut strings = Strings::new();
     let mut syms = Vec::new();
@@ -133,6 +134,11 @@ pub(super) fn write(
         *index = syms.len() as u32 + 1;
         syms.push(sym(strings.add(&image_name(*at)), info(1, 0), SHN_TARGET_IMAGE, *at, 0));
     }
+    let first_import = syms.len() as u32 + 1;
+    for import in imports {
+        let bind = if import.weak { 2 } else { 1 };
+        syms.push(sym(strings.add(&import.symbol()), info(bind, 0), 0, 0, 0));
+    }
 
     // Relocations.
     let first_rela = headers.len();
@@ -154,6 +160,7 @@ pub(super) fn write(
         for r in relocs {
             let (r_sym, r_addend) = match r.to {
                 OutTarget::Image(at) => (image[&at], r.addend),
+                OutTarget::Import(index) => (first_import + index as u32, r.addend),
                 OutTarget::Patch(at) => {
                     let section = section_of(at);
                     (section as u32 + 1, r.addend + (at - parts[section].at).cast_signed())

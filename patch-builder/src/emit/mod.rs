@@ -52,6 +52,8 @@ pub(crate) enum OutKind {
 pub(crate) enum OutTarget {
     Image(u64),
     Patch(u64),
+    /// By index in the manifest's imports.
+    Import(usize),
 }
 
 /// A symbol of the patch.
@@ -69,6 +71,8 @@ pub struct Emitted {
     pub bytes: Vec<u8>,
     /// Its manifest.
     pub manifest: Manifest,
+    /// Where each carried function begins.
+    pub placed: BTreeMap<FuncId, u64>,
 }
 
 struct Layout<'a, 'd> {
@@ -79,13 +83,16 @@ struct Layout<'a, 'd> {
 }
 
 impl Layout<'_, '_> {
-    fn address(&self, to: Bound) -> Option<OutTarget> {
-        Some(match to {
+    /// What a relocation refers to, and its addend.
+    fn address(&self, to: Bound) -> Option<(OutTarget, i64)> {
+        let target = match to {
             Bound::Image(at) => OutTarget::Image(at),
             Bound::Func(id, offset) => OutTarget::Patch(self.funcs.get(&id)?.checked_add_signed(offset)?),
             Bound::Piece(index, offset) => OutTarget::Patch(self.pieces.get(index)?.checked_add_signed(offset)?),
+            Bound::Import(index, addend) => return Some((OutTarget::Import(index), addend)),
             Bound::Null => return None,
-        })
+        };
+        Some((target, 0))
     }
 }
 
@@ -212,12 +219,12 @@ pub fn emit(
     }
     let image_name = |at: u64| image_symbol(layout.old, at);
     let json = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
-    let mut bytes = elf::write(&parts, &symbols, &json, &image_name);
+    let mut bytes = elf::write(&parts, &symbols, &selection.imports, &json, &image_name);
     let digest_at = (PAGE + parts[0].len) as usize - 32;
     if let Some(digest) = patch::file_digest(&bytes, digest_at) {
         bytes[digest_at..digest_at + 32].copy_from_slice(&digest);
     }
-    Ok(Emitted { bytes, manifest })
+    Ok(Emitted { bytes, manifest, placed: layout.funcs })
 }
 
 /// The two notes: the target, and room for the digest, which is the last thing in them.
@@ -319,7 +326,7 @@ impl Contents<'_, '_, '_> {
         part.bytes[from..from + bytes.len()].copy_from_slice(bytes);
         for f in fixups {
             let place = at + f.at;
-            let Some(target) = self.layout.address(f.to) else {
+            let Some((target, own)) = self.layout.address(f.to) else {
                 if f.store != Store::Abs64 {
                     self.fail(name, format!("{name} refers to an undefined weak symbol relative to itself"));
                 }
@@ -331,8 +338,11 @@ impl Contents<'_, '_, '_> {
                     let value = to.wrapping_add_signed(addend).wrapping_sub(place) as u32;
                     part.bytes[field..field + 4].copy_from_slice(&value.to_le_bytes());
                 }
+                (Store::Pc32(_), OutTarget::Import(_)) => {
+                    self.fail(name, format!("{name} refers to a library relative to itself"));
+                }
                 (Store::Pc32(addend), to) => part.relocs.push(OutReloc { at: place, kind: OutKind::Pc32, to, addend }),
-                (Store::Abs64, to) => part.relocs.push(OutReloc { at: place, kind: OutKind::Abs64, to, addend: 0 }),
+                (Store::Abs64, to) => part.relocs.push(OutReloc { at: place, kind: OutKind::Abs64, to, addend: own }),
                 (Store::Abs32, OutTarget::Image(to)) if !self.layout.old.build.pie && u32::try_from(to).is_ok() => {
                     part.bytes[field..field + 4].copy_from_slice(&(to as u32).to_le_bytes());
                 }
@@ -448,6 +458,7 @@ fn manifest(
         statics: statics.collect(),
         types: "not compared".into(),
         may_unwind: throws || old.build.unwind.has_personality(),
+        imports: selection.imports.clone(),
         ..Manifest::default()
     }
 }

@@ -1,38 +1,10 @@
 //! Binding one reference, and cutting out the data that it needs.
 
-use std::collections::BTreeMap;
-
+use super::imports::DIRECT_IMPORT;
 use super::{Bound, Fixup, Piece, PieceKind, Selector, Store};
 use crate::build::{canonical, demangle, DynKind, FuncId, ObjId};
 use crate::compare::{place, slot, Place};
 use crate::lift::{Access, Target};
-use crate::side::Side;
-
-/// Where the old image keeps the address of each import: slots and stubs.
-#[derive(Default)]
-pub struct ImportSlots<'d> {
-    slots: BTreeMap<&'d str, u64>,
-    stubs: BTreeMap<&'d str, u64>,
-}
-
-/// Collects the old image's slots and stubs.
-pub fn import_slots<'d>(old: &Side<'d>) -> ImportSlots<'d> {
-    let mut out = ImportSlots::default();
-    for (at, r) in &old.build.dynamic {
-        let in_got = old.build.section_at(*at).is_some_and(|s| s.name.starts_with(".got"));
-        if let (DynKind::Import(name, 0), true) = (r.kind, in_got) {
-            let slot = out.slots.entry(name).or_insert(*at);
-            *slot = (*slot).min(*at);
-        }
-    }
-    for (at, name) in &old.build.plt {
-        let stub = out.stubs.entry(name).or_insert(*at);
-        *stub = (*stub).min(*at);
-    }
-    out
-}
-
-const NEW_IMPORT: &str = "use a function that the old build imports already, or restart";
 
 impl<'d> Selector<'_, 'd> {
     /// What `target` of the new build is in the patched process; `None` after a refusal.
@@ -40,7 +12,7 @@ impl<'d> Selector<'_, 'd> {
         match target {
             Target::Func(g, offset) => self.bind_func(g, offset, access, context),
             Target::Object(id, offset) => self.bind_object(id, offset, access),
-            Target::Plt(name) => self.bind_import(name),
+            Target::Plt(name) => self.bind_import(name, access),
             Target::Slot(at) => self.bind_slot(at),
             Target::Data(at) => self.bind_data(at, access),
             Target::Unknown(0) => Some(Bound::Null),
@@ -110,9 +82,12 @@ impl<'d> Selector<'_, 'd> {
             return Some(Bound::Piece(piece, offset));
         }
         if matches!(self.new.build.dynamic.get(&object.addr).map(|r| r.kind), Some(DynKind::Copy(_))) {
-            let message =
-                format!("{} uses {} of a library, which the old build does not import", self.current, object.name());
-            self.refuse("import", object.name(), message, NEW_IMPORT);
+            let message = format!(
+                "{} uses the variable {} of a library in the place into which the new build copies it, and the old build has no such copy",
+                self.current,
+                object.name()
+            );
+            self.refuse("import", object.name(), message, DIRECT_IMPORT);
             return None;
         }
         if object.size == 0 {
@@ -162,37 +137,9 @@ impl<'d> Selector<'_, 'd> {
         Some(Bound::Piece(piece, 0))
     }
 
-    fn bind_import(&mut self, name: &'d str) -> Option<Bound> {
-        if let Some(stub) = self.imports.stubs.get(name) {
-            return Some(Bound::Image(*stub));
-        }
-        let Some(slot) = self.imports.slots.get(name).copied() else { return self.no_import(name) };
-        let known = self.pieces.iter().position(|p| p.kind == PieceKind::Stub && p.name == name);
-        let piece = known.unwrap_or_else(|| {
-            let fixups = vec![Fixup { at: 2, store: Store::Pc32(-4), to: Bound::Image(slot) }];
-            // jmp qword ptr [rip + slot]
-            let bytes = vec![0xff, 0x25, 0, 0, 0, 0];
-            self.pieces.push(Piece { kind: PieceKind::Stub, name: name.into(), file: None, align: 16, bytes, fixups });
-            self.pieces.len() - 1
-        });
-        Some(Bound::Piece(piece, 0))
-    }
-
-    fn no_import(&mut self, name: &str) -> Option<Bound> {
-        let message =
-            format!("{} calls or uses {name} of a library, which the old build does not import", self.current);
-        self.refuse("import", name, message, NEW_IMPORT);
-        None
-    }
-
     fn bind_slot(&mut self, at: u64) -> Option<Bound> {
         let fixups = match slot(self.new, at) {
-            Place::Import(name, 0) => {
-                return match self.imports.slots.get(name) {
-                    Some(slot) => Some(Bound::Image(*slot)),
-                    None => self.no_import(name),
-                };
-            }
+            Place::Import(name, 0) => return self.import_slot(name),
             Place::Pointer(Target::Unknown(0)) => Vec::new(),
             Place::Pointer(Target::Tls(id, offset)) => return self.bind_tls_slot(id, offset),
             Place::Pointer(to) => {
@@ -370,8 +317,11 @@ impl<'d> Selector<'_, 'd> {
                 }
                 4
             }
-            Place::Import(name, _) => {
-                self.no_import(name);
+            Place::Import(name, addend) => {
+                clear(self, 8);
+                if let Some(import) = self.want(name) {
+                    fixups.push(Fixup { at: offset, store: Store::Abs64, to: Bound::Import(import, addend) });
+                }
                 8
             }
             Place::Strange => {

@@ -5,9 +5,12 @@
 //! of any function that the old build has, so that a function keeps one identity.
 
 mod bind;
+mod imports;
 mod jumps;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use livepatch::patch::Import;
 
 use crate::build::{demangle, FuncId, Personality};
 use crate::compare::{Comparer, LineProof};
@@ -28,6 +31,8 @@ pub enum Bound {
     Func(FuncId, i64),
     /// A piece of data of the patch, and how far behind its start.
     Piece(usize, i64),
+    /// An import that the engine finds, by its index in [`Selection::imports`], and an addend.
+    Import(usize, i64),
     /// Nothing: an undefined weak symbol.
     Null,
 }
@@ -127,6 +132,8 @@ pub struct Selection {
     pub functions: BTreeMap<FuncId, Carried>,
     /// Data.
     pub pieces: Vec<Piece>,
+    /// What the engine must find in the libraries of the process.
+    pub imports: Vec<Import>,
     /// The carried functions whose new address the patch takes.
     pub taken: BTreeSet<FuncId>,
     /// How each replaced old function's entry is treated.
@@ -150,7 +157,8 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) ->
         piece_at: HashMap::new(),
         address_taken: BTreeSet::new(),
         taken: BTreeSet::new(),
-        imports: bind::import_slots(old),
+        imports: imports::import_slots(old),
+        wanted: Vec::new(),
         refusals: Vec::new(),
         current: String::new(),
     };
@@ -161,7 +169,14 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) ->
     let entries = jumps::plan(old, new, diff, &s.functions, &s.address_taken, &mut s.refusals);
     s.refusals.sort_by(|a, b| (&a.rule, &a.symbol, &a.message).cmp(&(&b.rule, &b.symbol, &b.message)));
     s.refusals.dedup();
-    Selection { functions: s.functions, pieces: s.pieces, taken: s.taken, entries, refusals: s.refusals }
+    Selection {
+        functions: s.functions,
+        pieces: s.pieces,
+        imports: s.wanted,
+        taken: s.taken,
+        entries,
+        refusals: s.refusals,
+    }
 }
 
 struct Selector<'a, 'd> {
@@ -178,7 +193,9 @@ struct Selector<'a, 'd> {
     address_taken: BTreeSet<FuncId>,
     /// New functions whose address the patch takes.
     taken: BTreeSet<FuncId>,
-    imports: bind::ImportSlots<'d>,
+    imports: imports::ImportSlots<'d>,
+    /// Imports that the engine must find.
+    wanted: Vec<Import>,
     refusals: Vec<Refusal>,
     /// The function that is being carried, for messages.
     current: String,
