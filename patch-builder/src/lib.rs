@@ -28,4 +28,4 @@ pub mod sets;
 pub mod side;
 pub mod verify;
 
-pub use pipeline::{run, Error, Options, Outcome};
+pub use pipeline::{run, run_with, Error, Options, Outcome};

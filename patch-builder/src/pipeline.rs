@@ -12,7 +12,7 @@ use crate::pair::pair;
 use crate::report::{Refusal, Report, ALLOWABLE};
 use crate::select::select;
 use crate::side::Side;
-use crate::verify::verify;
+use crate::verify::{verify, Meant, VerifyError};
 
 /// What to do.
 #[derive(Clone, Debug, Default)]
@@ -113,6 +113,19 @@ fn private_copy(file: &std::fs::File) -> std::io::Result<Mmap> {
 ///
 /// Unreadable or unusable files, and builds that do not differ.
 pub fn run(options: &Options) -> Result<Outcome, Error> {
+    run_with(options, &|_, _| {})
+}
+
+/// Gets the bytes of a patch, and what checks such bytes.
+pub type Examine<'a> = dyn Fn(&[u8], &dyn Fn(&[u8]) -> Result<(), VerifyError>) + 'a;
+
+/// As [`run`], but hands out the bytes and the check of them, to prove that the check sees what is wrong.
+///
+/// # Errors
+///
+/// As [`run`].
+#[doc(hidden)]
+pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Error> {
     let (old_bytes, new_bytes) = (map(&options.old)?, map(&options.new)?);
     let read = |path: &Path, bytes, given: Option<&Path>| {
         let input = |e| Error::Input(path.to_owned(), e);
@@ -150,7 +163,17 @@ pub fn run(options: &Options) -> Result<Outcome, Error> {
     if refusals.is_empty() && !selection.functions.is_empty() {
         match emit(&old, &new, &found, &selection, &options.name, &allowances) {
             Ok(e) => {
-                verify(&e.bytes, &e.manifest, &old).map_err(Error::Verify)?;
+                let meant = Meant {
+                    old: &old,
+                    new: &new,
+                    pairing: &pairing,
+                    diff: &found,
+                    manifest: &e.manifest,
+                    placed: &e.placed,
+                    foreign: &[],
+                };
+                examine(&e.bytes, &|bytes| verify(bytes, meant));
+                verify(&e.bytes, meant).map_err(Error::Verify)?;
                 emitted = Some(e);
             }
             Err(more) => refusals.extend(more),

@@ -49,6 +49,20 @@ pub struct Unwind<'d> {
 }
 
 impl<'d> Unwind<'d> {
+    /// Reads an `.eh_frame` that lies at `addr`.
+    ///
+    /// # Errors
+    ///
+    /// It is damaged.
+    pub fn parse(addr: u64, data: &'d [u8]) -> Result<Self, BuildError> {
+        parse(addr, data)
+    }
+
+    /// Where the functions start that it has entries for.
+    pub fn starts(&self) -> impl Iterator<Item = u64> + '_ {
+        self.fdes.keys().copied()
+    }
+
     /// The entry of the function that starts at `addr`.
     #[must_use]
     pub fn fde_at(&self, addr: u64) -> Option<&Fde<'d>> {
@@ -74,10 +88,16 @@ impl<'d> Unwind<'d> {
 }
 
 pub fn read<'d>(sections: &[Section<'d>]) -> Result<Unwind<'d>, BuildError> {
-    let Some(s) = sections.iter().find(|s| s.name == ".eh_frame") else { return Ok(Unwind::default()) };
-    let mut eh = EhFrame::new(s.data, gimli::LittleEndian);
+    match sections.iter().find(|s| s.name == ".eh_frame") {
+        Some(s) => parse(s.addr, s.data),
+        None => Ok(Unwind::default()),
+    }
+}
+
+fn parse(addr: u64, data: &[u8]) -> Result<Unwind<'_>, BuildError> {
+    let mut eh = EhFrame::new(data, gimli::LittleEndian);
     eh.set_address_size(8);
-    let bases = BaseAddresses::default().set_eh_frame(s.addr);
+    let bases = BaseAddresses::default().set_eh_frame(addr);
     let mut fdes = HashMap::new();
     let mut entries = eh.entries(&bases);
     let bad = |e: gimli::Error| damaged(format!(".eh_frame: {e}"));
@@ -97,9 +117,9 @@ pub fn read<'d>(sections: &[Section<'d>]) -> Result<Unwind<'d>, BuildError> {
         let entry = Fde {
             start: fde.initial_address(),
             len: fde.len(),
-            initial: cie_instructions(s.data, cie.offset()).ok_or_else(|| damaged(".eh_frame: a CIE"))?,
+            initial: cie_instructions(data, cie.offset()).ok_or_else(|| damaged(".eh_frame: a CIE"))?,
             instructions: fde_instructions(
-                s.data,
+                data,
                 fde.offset(),
                 cie.fde_address_encoding(),
                 cie.augmentation().is_some(),

@@ -1,0 +1,205 @@
+//! Whether what a field of the patch leads to is what the new build's reference means.
+
+use super::{different, Actual, Check, Meant, VerifyError};
+use crate::build::{DynKind, FuncId, ObjId};
+use crate::compare::{place, place_of_slot, slot, Place};
+use crate::lift::{Access, Target};
+
+type Answer = Result<bool, VerifyError>;
+
+impl<'d> Check<'_, 'd> {
+    /// Whether `actual` is what `target` of the new build means in the patched process.
+    pub(super) fn means(&mut self, actual: Actual, target: Target<'d>, access: Access) -> Answer {
+        match target {
+            Target::Func(g, offset) => Ok(self.means_function(actual, g, offset, access)),
+            Target::Object(id, offset) => self.means_object(actual, id, offset),
+            Target::Data(at) => self.means_data(actual, at, access),
+            Target::Plt(name) => Ok(self.means_stub(actual, name)),
+            Target::Slot(at) => self.means_slot(actual, at),
+            Target::Unknown(0) => Ok(actual == Actual::Null),
+            Target::Unknown(_) | Target::Tls(..) | Target::Empty(_) => Ok(false),
+        }
+    }
+
+    fn means_function(&mut self, actual: Actual, g: FuncId, offset: i64, access: Access) -> bool {
+        let Meant { old, new, pairing, diff, manifest, placed, .. } = self.meant;
+        let at = match actual {
+            Actual::Patch(at) => return placed.get(&g).and_then(|p| p.checked_add_signed(offset)) == Some(at),
+            Actual::Image(at) => at,
+            _ => return false,
+        };
+        let Some(start) = at.checked_add_signed(-offset) else { return false };
+        let Some(f) = old.build.func_at(start).filter(|f| old.build.func(*f).addr == start) else { return false };
+        let unchanged = !diff.changed.contains_key(&f);
+        if pairing.is_pair(f, g) {
+            // The old address of a changed function is its address, and its entry leads to the new code.
+            let jumps = || {
+                let of = manifest.functions.iter().filter_map(|m| m.old.as_ref());
+                of.filter(|o| o.at.0 == start).any(|o| o.entry.is_some())
+            };
+            return unchanged || offset == 0 && !Self::is_branch(access) && jumps();
+        }
+        let may_share = Self::is_branch(access) || new.build.rust;
+        unchanged && may_share && pairing.func_olds(g).is_empty() && self.comparer.func_bodies(f, g)
+    }
+
+    fn means_object(&mut self, actual: Actual, id: ObjId, offset: i64) -> Answer {
+        let Meant { old, new, pairing, .. } = self.meant;
+        let object = new.build.object(id);
+        let mutable = new.is_mutable(object.addr);
+        match actual {
+            Actual::Image(at) => {
+                let Some(o) = pairing.object_old(id).map(|o| old.build.object(o)) else { return Ok(false) };
+                let same = mutable
+                    || object.size == 0
+                    || o.size == object.size && self.comparer.objects(o.addr, object.addr, o.size);
+                Ok(same && o.addr.checked_add_signed(offset) == Some(at))
+            }
+            Actual::Patch(at) => {
+                let Some(start) = at.checked_add_signed(-offset) else { return Ok(false) };
+                let existing = mutable && pairing.object_old(id).is_some();
+                if existing || object.size == 0 || *self.objects.entry(id).or_insert(start) != start {
+                    return Ok(false);
+                }
+                self.content(start, object.addr, object.size).map(|()| true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn means_data(&mut self, actual: Actual, at: u64, access: Access) -> Answer {
+        let Meant { new, pairing, .. } = self.meant;
+        match actual {
+            Actual::Image(old) => Ok(pairing.unnamed_old(at) == Some(old)),
+            Actual::Patch(p) if !new.is_mutable(at) => {
+                let end = match access {
+                    Access::Exact(len) => at + u64::from(len),
+                    _ => new.extent_end(at),
+                };
+                self.content(p, at, end - at).map(|()| true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn is_import(&self, index: usize, name: &str) -> bool {
+        let import = self.meant.manifest.imports.get(index);
+        import.is_some_and(|i| i.name == name && i.version.as_deref() == self.meant.new.build.import_version(name))
+    }
+
+    fn means_stub(&self, actual: Actual, name: &str) -> bool {
+        let old = &self.meant.old.build;
+        match actual {
+            Actual::Image(at) => old.plt.get(&at).is_some_and(|n| self.comparer.same_import(n, name)),
+            Actual::Patch(at) => {
+                // jmp qword ptr [rip + slot]
+                let jump = self.words.bytes(at, 2).is_some_and(|b| b == [0xff, 0x25]) && self.words.untouched(at, 2);
+                let slot = self.words.relative(at + 2, at + 6);
+                jump && slot.is_some_and(|s| self.holds_import(s, name))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a slot holds the address of an import.
+    fn holds_import(&self, slot_at: Actual, name: &str) -> bool {
+        match slot_at {
+            Actual::Image(at) => {
+                matches!(slot(self.meant.old, at), Place::Import(n, 0) if self.comparer.same_import(n, name))
+            }
+            Actual::Patch(at) => {
+                matches!(self.words.long(at), Some(Actual::Import(index, 0)) if self.is_import(index, name))
+            }
+            _ => false,
+        }
+    }
+
+    fn means_slot(&mut self, actual: Actual, at: u64) -> Answer {
+        let Meant { old, new, pairing, .. } = self.meant;
+        match (slot(new, at), actual) {
+            (Place::Import(name, 0), _) => Ok(self.holds_import(actual, name)),
+            (Place::Pointer(Target::Tls(id, offset)), Actual::Image(at)) => {
+                let variable = pairing.tls_old(id).map(|id| &old.build.tls[id as usize]);
+                let wanted = variable.map(|v| DynKind::TpOff(v.addr.wrapping_add_signed(offset)));
+                Ok(wanted.is_some() && old.build.dynamic.get(&at).map(|r| r.kind) == wanted)
+            }
+            (Place::Pointer(target), Actual::Patch(p)) => match self.words.long(p) {
+                Some(holds) => self.means(holds, target, Access::Extent),
+                None => Ok(false),
+            },
+            _ => Ok(false),
+        }
+    }
+
+    /// Compares data of the patch with data of the new build.
+    pub(super) fn content(&mut self, p: u64, at: u64, len: u64) -> Result<(), VerifyError> {
+        if !self.data.insert((p, at, len)) {
+            return Ok(());
+        }
+        let mut offset = 0;
+        while offset < len {
+            offset += self.one(p + offset, p, at + offset, at)?;
+        }
+        Ok(())
+    }
+
+    /// The language-specific data area: its distances count from where they stand.
+    pub(super) fn exception_table(&mut self, p: u64, at: u64) -> Result<(), VerifyError> {
+        let len = self.meant.new.build.lsda_end(at) - at;
+        let mut offset = 0;
+        while offset < len {
+            offset += self.one(p + offset, p + offset, at + offset, at + offset)?;
+        }
+        Ok(())
+    }
+
+    /// Compares one place of data; tells how long it is.
+    fn one(&mut self, p: u64, p_base: u64, at: u64, base: u64) -> Result<u64, VerifyError> {
+        let new = self.meant.new;
+        let (target, actual, len) = match place(new, at, base) {
+            Place::Bytes => {
+                let zero = new.build.is_zero_fill(at);
+                let wanted = if zero { Some(0) } else { new.build.bytes(at, 1).and_then(|b| b.first().copied()) };
+                let there = self.words.bytes(p, 1).and_then(|b| b.first().copied());
+                if wanted.is_none() || there != wanted || !self.words.untouched(p, 1) {
+                    return Err(different(format!("the data at {p:#x} is not that at {at:#x} of the new build")));
+                }
+                return Ok(1);
+            }
+            Place::Import(name, addend) => {
+                return match self.words.long(p) {
+                    Some(Actual::Import(index, a)) if a == addend && self.is_import(index, name) => Ok(8),
+                    _ => Err(different(format!("the data at {p:#x} does not hold the address of {name}"))),
+                };
+            }
+            Place::Pointer(to) => ((to, Access::Extent), self.words.long(p), 8),
+            Place::Relative(to @ Target::Func(..)) => ((to, Access::Branch), self.words.relative(p, p_base), 4),
+            Place::Relative(to) => ((to, Access::Extent), self.words.relative(p, p_base), 4),
+            Place::Short(to) => ((to, Access::Extent), self.words.short(p), 4),
+            Place::Strange => return Err(different(format!("the data at {p:#x} is not understood"))),
+        };
+        let right = match actual {
+            Some(actual) => self.means(actual, target.0, target.1)?,
+            None => false,
+        };
+        if !right {
+            let wanted = crate::compare::describe(new, target.0);
+            let what = actual.map_or_else(|| "nothing".into(), |a| self.describe(a));
+            return Err(different(format!("the data at {p:#x} refers to {what}, not to {wanted}")));
+        }
+        Ok(len)
+    }
+
+    /// Whether two slots or addresses of personality routines are the same.
+    pub(super) fn same_personality(&mut self, old_at: (u64, bool), new_at: (u64, bool)) -> bool {
+        let Meant { old, new, .. } = self.meant;
+        let holds = |side, (at, indirect): (u64, bool)| {
+            if indirect {
+                place_of_slot(side, at)
+            } else {
+                crate::compare::place_of_address(side, at)
+            }
+        };
+        self.comparer.places(holds(old, old_at), holds(new, new_at))
+    }
+}

@@ -1,0 +1,249 @@
+//! Reads the finished patch back with the reader that the engine uses, and compares what it would do with the new build:
+//! every instruction of every carried function, every reference, every piece of data, the unwind table.
+//!
+//! *Invariant:* nothing here looks at what was selected or laid out, but for the places of functions; what a reference
+//! of the patch leads to is read from the file, and must be what the new build's reference means in the old image.
+
+mod frames;
+mod meaning;
+mod words;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use livepatch::patch::{Manifest, PatchError, PatchFile};
+use sha2::{Digest, Sha256};
+
+use crate::build::{FuncId, ObjId};
+use crate::compare::{Comparer, LineProof};
+use crate::diff::Diff;
+use crate::lift::{Access, Field, Target};
+use crate::pairing::Pairing;
+use crate::side::Side;
+use words::{Actual, Words};
+
+/// Why a patch that was just written is not good.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// The engine's reader rejects it.
+    Rejected(PatchError),
+    /// It reads back as something else.
+    Different(String),
+}
+
+impl std::fmt::Display for VerifyError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Rejected(e) => write!(f, "the patch does not read back: {e}"),
+            Self::Different(what) => write!(f, "the patch reads back as something else: {what}"),
+        }
+    }
+}
+
+impl std::error::Error for VerifyError {}
+
+type Verdict = Result<(), VerifyError>;
+
+fn different(what: impl Into<String>) -> VerifyError {
+    VerifyError::Different(what.into())
+}
+
+/// What a patch is held against.
+#[derive(Clone, Copy)]
+pub struct Meant<'a, 'd> {
+    /// The old build.
+    pub old: &'a Side<'d>,
+    /// The new build.
+    pub new: &'a Side<'d>,
+    /// Which is which.
+    pub pairing: &'a Pairing,
+    /// What changed.
+    pub diff: &'a Diff,
+    /// The manifest that was meant.
+    pub manifest: &'a Manifest,
+    /// Where each carried function of the new build begins.
+    pub placed: &'a BTreeMap<FuncId, u64>,
+    /// Code and data of a hook object, which no build holds: ranges of the patch.
+    pub foreign: &'a [(u64, u64)],
+}
+
+/// Reads `bytes` back and compares with what was meant.
+///
+/// # Errors
+///
+/// Any difference; then the patch must not be used.
+pub fn verify(bytes: &[u8], meant: Meant<'_, '_>) -> Verdict {
+    let patch = PatchFile::parse(bytes).map_err(VerifyError::Rejected)?;
+    if patch.manifest != *meant.manifest {
+        return Err(different("the manifest"));
+    }
+    let Meant { old, new, pairing, diff, .. } = meant;
+    let proof = LineProof::Tables(&diff.lines.0, &diff.lines.1);
+    let mut check = Check {
+        meant,
+        words: Words::new(&patch),
+        comparer: Comparer::new(old, new, pairing, proof),
+        objects: HashMap::new(),
+        data: HashSet::new(),
+    };
+    check.manifest()?;
+    for (id, at) in meant.placed {
+        check.function(*id, *at)?;
+    }
+    check.frames(&patch)?;
+    check.statics()?;
+    match check.words.unexplained(meant.foreign) {
+        Some(at) => Err(different(format!("a relocation at {at:#x} that nothing in the new build explains"))),
+        None => Ok(()),
+    }
+}
+
+struct Check<'a, 'd> {
+    meant: Meant<'a, 'd>,
+    words: Words<'a>,
+    comparer: Comparer<'a, 'd>,
+    /// Where each carried data symbol is: one place for each.
+    objects: HashMap<ObjId, u64>,
+    /// Data that was compared already: place in the patch, address in the new build, length.
+    data: HashSet<(u64, u64, u64)>,
+}
+
+impl<'d> Check<'_, 'd> {
+    /// Old functions are what the manifest says of them, and everything that changed is there.
+    fn manifest(&self) -> Verdict {
+        let Meant { old, new, pairing, diff, manifest, placed, .. } = self.meant;
+        let sha = |id: FuncId| Sha256::digest(old.build.code(id)).to_vec();
+        let mut replaced: HashMap<FuncId, u64> = HashMap::new();
+        for f in &manifest.functions {
+            let carried = placed.iter().find(|(_, at)| **at == f.new_at);
+            if carried.is_none_or(|(g, _)| f.new_size < new.build.func(*g).size) {
+                return Err(different(format!("{} in the manifest is not where it was placed", f.demangled)));
+            }
+            let Some(o) = &f.old else { continue };
+            let bad = |what: &str| Err(different(format!("{what} of the old {} in the manifest", f.demangled)));
+            let Some(id) = old.build.func_at(o.at.0).filter(|id| old.build.func(*id).addr == o.at.0) else {
+                return bad("the address");
+            };
+            if o.size != old.build.func(id).size || o.sha256.0 != sha(id) {
+                return bad("size or digest");
+            }
+            for c in &o.companions {
+                let part = old.build.func_at(c.at.0).filter(|id| old.build.func(*id).addr == c.at.0);
+                if part.is_none_or(|p| old.build.func(p).size != c.size || sha(p) != c.sha256.0) {
+                    return bad("a companion");
+                }
+            }
+            if let Some(e) = &o.entry {
+                if old.build.bytes(e.at.0, e.original.0.len() as u64) != Some(&e.original.0[..]) {
+                    return bad("the entry");
+                }
+            }
+            replaced.insert(id, f.new_at);
+        }
+        for f in diff.changed.keys() {
+            let Some(g) = pairing.func_pair(*f) else { continue };
+            let place = placed.get(&g);
+            let part = new.build.func(g).cold_parent().is_some();
+            if place.is_none() || !part && replaced.get(f) != place {
+                let name = crate::build::demangle(old.build.func(*f).name());
+                return Err(different(format!("{name} changed, and the patch does not replace it")));
+            }
+        }
+        Ok(())
+    }
+
+    /// One function: its bytes but for the references, then each reference.
+    fn function(&mut self, id: FuncId, at: u64) -> Verdict {
+        let new = self.meant.new;
+        let (func, lifted) = (new.build.func(id), &new.lifted[id as usize]);
+        let name = || crate::build::demangle(func.name());
+        let mut code = self.words.bytes(at, func.size).ok_or_else(|| different(format!("{} is cut off", name())))?;
+        for r in &lifted.refs {
+            let width = match r.field {
+                Field::Rel8 => 1,
+                Field::Abs64 => 8,
+                _ => 4,
+            };
+            if let Some(field) = code.get_mut(r.at as usize..r.at as usize + width) {
+                field.fill(0);
+            }
+        }
+        if code != lifted.masked {
+            let first = code.iter().zip(&lifted.masked).position(|(a, b)| a != b).unwrap_or(0);
+            return Err(different(format!("the instruction at {}+{first:#x}", name())));
+        }
+        for r in &lifted.refs {
+            let field = at + u64::from(r.at);
+            let end = u64::from(r.end - r.at);
+            let actual = match r.field {
+                Field::Rel32 => self.words.relative(field, field + end),
+                Field::Abs32 => self.words.short(field),
+                Field::Abs64 => self.words.long(field),
+                Field::Rel8 => self.words.island(field, at + func.size),
+                Field::TpOff32 => {
+                    let wanted = self.thread_offset(r.target);
+                    if wanted.is_none() || self.words.number(field) != wanted {
+                        return Err(different(format!("the thread-local at {}+{:#x}", name(), r.at)));
+                    }
+                    continue;
+                }
+            };
+            let right = match actual {
+                Some(actual) => self.means(actual, r.target, r.access)?,
+                None => false,
+            };
+            if !right {
+                let wanted = crate::compare::describe(new, r.target);
+                let what = actual.map_or_else(|| "nothing".into(), |a| self.describe(a));
+                return Err(different(format!("{}+{:#x} refers to {what}, not to {wanted}", name(), r.at)));
+            }
+        }
+        Ok(())
+    }
+
+    /// The offset from the thread pointer that a thread-local has in the running process.
+    fn thread_offset(&self, target: Target<'d>) -> Option<i32> {
+        let Meant { old, pairing, .. } = self.meant;
+        let Target::Tls(id, offset) = target else { return None };
+        let variable = &old.build.tls[pairing.tls_old(id)? as usize];
+        let at = variable.addr.wrapping_add_signed(offset).cast_signed();
+        i32::try_from(at - old.build.tls_segment?.aligned_len.cast_signed()).ok()
+    }
+
+    /// Every static of the manifest is new data of the new build, under its name, and none is missing.
+    fn statics(&self) -> Verdict {
+        let Meant { new, manifest, .. } = self.meant;
+        for s in &manifest.statics {
+            let object = self.objects.iter().find(|(_, at)| **at == s.at).map(|(id, _)| new.build.object(*id));
+            let foreign = self.meant.foreign.iter().any(|(from, to)| (*from..*to).contains(&s.at));
+            let same = object.is_some_and(|o| o.size == s.size && crate::build::demangle(o.name()) == s.name);
+            if !foreign && !same {
+                return Err(different(format!("the static {} in the manifest", s.name)));
+            }
+        }
+        for (id, at) in &self.objects {
+            let listed = manifest.statics.iter().any(|s| s.at == *at);
+            if new.is_mutable(new.build.object(*id).addr) && !listed {
+                return Err(different(format!("{} is not in the manifest's statics", new.build.object(*id).name())));
+            }
+        }
+        Ok(())
+    }
+
+    fn describe(&self, actual: Actual) -> String {
+        let old = self.meant.old;
+        match actual {
+            Actual::Image(at) => crate::compare::describe(old, crate::lift::resolve(&old.build, at, None)),
+            Actual::Patch(at) => format!("{at:#x} of the patch"),
+            Actual::Import(index, _) => {
+                self.meant.manifest.imports.get(index).map_or_else(|| "an import".into(), |i| i.symbol())
+            }
+            Actual::Previous(at) => format!("{at:#x} of the previous patch"),
+            Actual::Null => "nothing".into(),
+        }
+    }
+
+    fn is_branch(access: Access) -> bool {
+        access == Access::Branch
+    }
+}
