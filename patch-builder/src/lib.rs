@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod build;
+pub mod cargo;
 pub mod cli;
 pub mod compare;
 pub mod diff;
@@ -26,6 +27,8 @@ pub mod report;
 pub mod select;
 pub mod sets;
 pub mod side;
+pub mod store;
 pub mod verify;
+pub mod wrap;
 
 pub use pipeline::{run, run_with, Error, Options, Outcome};

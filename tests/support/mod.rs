@@ -88,6 +88,11 @@ impl Ran {
 
 /// Runs a command to its end; a command that takes longer than a minute is killed and fails.
 pub fn run(command: &mut Command) -> Ran {
+    run_within(command, Duration::from_secs(60))
+}
+
+/// Runs a command to its end; a command that takes longer is killed and fails.
+pub fn run_within(command: &mut Command, limit: Duration) -> Ran {
     use std::os::unix::process::ExitStatusExt;
     let line = format!("{command:?}").replace('"', "");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -103,7 +108,7 @@ pub fn run(command: &mut Command) -> Ran {
     };
     let out = drain(child.stdout.take().map(|p| Box::new(p) as _));
     let err = drain(child.stderr.take().map(|p| Box::new(p) as _));
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + limit;
     let status = loop {
         match child.try_wait().expect("waiting for a child") {
             Some(status) => break status,

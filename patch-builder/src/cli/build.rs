@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use crate::cli::output::{say, write_whole};
+use crate::cli::wrap::recorded;
 use crate::pipeline::{run, Options};
 use crate::report::Look;
 
@@ -21,18 +22,21 @@ pub struct Common {
     /// The new build's link map [default: NEW.map, if it is there]
     #[arg(long, value_name = "FILE")]
     new_map: Option<PathBuf>,
+    /// Where builds are recorded that are named by build-id [default: .livepatch, then target/livepatch]
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
     /// Overrule a refusal, on your responsibility; recorded in the patch
     #[arg(long, value_name = "RULE[:SYMBOL]")]
     allow: Vec<String>,
     /// Report as JSON on standard output
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 /// `patch-builder OLD NEW -o FIX.so`
 #[derive(Args, Debug)]
 pub struct BuildArgs {
-    /// The build that runs (unstripped, linked with --emit-relocs)
+    /// The build that runs (unstripped, linked with --emit-relocs), or the build-id of a recorded one
     #[arg(required = true)]
     old: Option<PathBuf>,
     /// The build with the change
@@ -61,7 +65,19 @@ pub struct DiffArgs {
 }
 
 impl Common {
-    fn options(self, old: PathBuf, new: PathBuf, name: String) -> Options {
+    /// The two images, where they are named by build-id.
+    fn found(&self, old: PathBuf, new: PathBuf) -> Result<(PathBuf, PathBuf), ExitCode> {
+        let find = |path: PathBuf| match recorded(&path, self.store.as_deref()) {
+            Ok(entry) => Ok(entry.map_or(path, |e| e.image())),
+            Err(e) => {
+                eprintln!("patch-builder: {e}");
+                Err(ExitCode::from(1))
+            }
+        };
+        Ok((find(old)?, find(new)?))
+    }
+
+    pub(super) fn options(self, old: PathBuf, new: PathBuf, name: String) -> Options {
         Options {
             old,
             new,
@@ -79,6 +95,10 @@ pub(super) fn main(args: BuildArgs) -> ExitCode {
     let (Some(old), Some(new), Some(output)) = (args.old, args.new, args.output) else {
         return ExitCode::from(2);
     };
+    let (old, new) = match args.common.found(old, new) {
+        Ok(both) => both,
+        Err(code) => return code,
+    };
     let stem = output.file_stem().map_or_else(|| "patch".into(), |s| s.to_string_lossy().into_owned());
     let json = args.common.json;
     build(&args.common.options(old, new, args.name.unwrap_or(stem)), Some(&output), json)
@@ -87,7 +107,11 @@ pub(super) fn main(args: BuildArgs) -> ExitCode {
 /// Diffs and reports.
 pub(super) fn diff(args: DiffArgs) -> ExitCode {
     let json = args.common.json;
-    let options = args.common.options(args.old, args.new, "diff".into());
+    let (old, new) = match args.common.found(args.old, args.new) {
+        Ok(both) => both,
+        Err(code) => return code,
+    };
+    let options = args.common.options(old, new, "diff".into());
     build(&Options { only_report: true, ..options }, None, json)
 }
 

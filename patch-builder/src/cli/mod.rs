@@ -1,9 +1,12 @@
 //! Text in, text out, exit codes. Each command has its own file.
 
 mod build;
+mod cargo;
 mod flags;
 mod inspect;
 mod output;
+mod records;
+mod wrap;
 
 use std::process::ExitCode;
 
@@ -33,16 +36,25 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// What to ask of the build
     Flags(flags::FlagsArgs),
+    /// Builds C and C++ with what a diff needs, and keeps every linked image
+    Wrap(wrap::WrapArgs),
 }
 
-/// The `patch-builder` command.
+/// The `cargo livepatch` command.
+pub use cargo::main as cargo_main;
+
+/// The `patch-builder` command; under a compiler's name it stands in for that (see [`crate::wrap`]).
 #[must_use]
 pub fn main() -> ExitCode {
+    if let Some(name) = crate::wrap::shim::called_as() {
+        return crate::wrap::shim::main(&name);
+    }
     let args = Args::parse();
     match args.command {
         None => build::main(args.build),
         Some(Command::Diff(args)) => build::diff(args),
         Some(Command::Inspect(args)) => inspect::main(&args),
         Some(Command::Flags(args)) => flags::main(&args),
+        Some(Command::Wrap(args)) => wrap::main(&args),
     }
 }
