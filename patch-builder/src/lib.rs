@@ -11,6 +11,7 @@
 #![warn(missing_docs)]
 #![forbid(unsafe_code)]
 
+pub mod abi;
 pub mod build;
 pub mod cargo;
 pub mod cli;
@@ -28,6 +29,7 @@ pub mod select;
 pub mod sets;
 pub mod side;
 pub mod store;
+pub mod types;
 pub mod verify;
 pub mod wrap;
 

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
+use crate::abi::{self, Contract};
 use crate::build::{Build, BuildError};
-use crate::diff::{diff, DiffOptions};
+use crate::diff::{diff, Diff, DiffOptions};
 use crate::emit::emit;
 use crate::explain::{explain, Both};
 use crate::pair::pair;
 use crate::report::{Refusal, Report, ALLOWABLE};
-use crate::select::select;
+use crate::select::{select, Selection};
 use crate::side::Side;
 use crate::verify::{verify, Meant, VerifyError};
 
@@ -156,12 +157,16 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
     refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
     let selection = select(&old, &new, &pairing, &found);
     refusals.extend(selection.refusals.iter().cloned());
+    let files = [(&*options.old, &old_bytes[..]), (&*options.new, &new_bytes[..])];
+    let contract = contract(&old, &new, &pairing, &found, &selection, files);
+    refusals.extend(contract.refusals.iter().cloned());
     let mut said = std::collections::BTreeSet::new();
     refusals.retain(|r| said.insert((r.rule.clone(), r.symbol.clone())));
     let allowances = allow(&mut refusals, &options.allow);
+    let types = contract.summary(&allowances);
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {
-        match emit(&old, &new, &found, &selection, &options.name, &allowances) {
+        match emit(&old, &new, &found, &selection, &options.name, &allowances, &types) {
             Ok(e) => {
                 let meant = Meant {
                     old: &old,
@@ -180,9 +185,26 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
         }
     }
     let both = Both { old: &old, new: &new, pairing: &pairing, found: &found, selection: &selection };
-    let report = explain(&both, &options.name, refusals, emitted.as_ref());
+    let report = explain(&both, &options.name, refusals, emitted.as_ref(), (types, contract.notes));
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
     Ok(Outcome { report, patch })
+}
+
+/// Reads the types of both builds and compares them, if there is anything to patch.
+fn contract(
+    old: &Side<'_>,
+    new: &Side<'_>,
+    pairing: &crate::pairing::Pairing,
+    diff: &Diff,
+    selection: &Selection,
+    files: [(&Path, &[u8]); 2],
+) -> Contract {
+    if selection.functions.is_empty() {
+        return Contract::default();
+    }
+    let [(old_path, old_bytes), (new_path, new_bytes)] = files;
+    let (a, b) = rayon::join(|| abi::read(old_path, old_bytes), || abi::read(new_path, new_bytes));
+    abi::check(abi::Inputs { old, new, pairing, diff, selection, files, types: [&a, &b] })
 }
 
 /// Takes out the refusals that somebody takes responsibility for, and says which.

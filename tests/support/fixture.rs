@@ -29,6 +29,8 @@ pub struct Fixture {
     pub changed: Vec<String>,
     pub new: Vec<String>,
     pub data: Vec<(String, String)>,
+    /// `RULE` or `RULE:SYMBOL`, given to `--allow`.
+    pub allow: Vec<String>,
     pub refusals: Vec<(String, Option<String>)>,
     pub exit: Option<i32>,
     pub noise: Vec<String>,
@@ -99,6 +101,7 @@ fn parse(path: &Path) -> Fixture {
             "expect-changed" => f.changed.extend(words(value)),
             "expect-new" => f.new.extend(words(value)),
             "expect-data" => f.data.push((pair().0, pair().1.unwrap_or_default())),
+            "allow" => f.allow.push(value.to_owned()),
             "expect-refusal" => f.refusals.push(pair()),
             "expect-exit" => f.exit = Some(value.parse().expect("an exit code")),
             "expect-noise" => f.noise.push(value.to_owned()),

@@ -125,7 +125,15 @@ pub fn run_within(command: &mut Command, limit: Duration) -> Ran {
 
 /// `patch-builder OLD NEW -o FIX --json`.
 pub fn build_patch(old: &Path, new: &Path, fix: &Path) -> Ran {
-    run(Command::new(tool("patch-builder")).args([old, new]).arg("-o").arg(fix).arg("--json"))
+    build_patch_allowing(old, new, fix, &[])
+}
+
+/// The same, with `--allow` for each.
+pub fn build_patch_allowing(old: &Path, new: &Path, fix: &Path, allowed: &[String]) -> Ran {
+    let mut command = Command::new(tool("patch-builder"));
+    command.args([old, new]).arg("-o").arg(fix).arg("--json");
+    allowed.iter().for_each(|a| drop(command.arg("--allow").arg(a)));
+    run(&mut command)
 }
 
 /// `livepatch ARGS`.

@@ -108,6 +108,7 @@ pub fn emit(
     selection: &Selection,
     name: &str,
     allowances: &[String],
+    types: &str,
 ) -> Result<Emitted, Vec<Refusal>> {
     let mut layout = Layout { selection, old, funcs: BTreeMap::new(), pieces: vec![0; selection.pieces.len()] };
     let note = note(&old.build.build_id);
@@ -201,6 +202,7 @@ pub fn emit(
     let mut refusals = writer.errors;
     let mut manifest = manifest(old, new, diff, selection, &layout, name, &mut refusals);
     manifest.allowances = allowances.to_vec();
+    manifest.types = types.to_owned();
     if !refusals.is_empty() {
         return Err(refusals);
     }
@@ -456,7 +458,7 @@ fn manifest(
         new: BuildRef { build_id: HexBytes(new.build.build_id.clone()), file: file_name(&new.build.path) },
         functions,
         statics: statics.collect(),
-        types: "not compared".into(),
+        types: String::new(),
         may_unwind: throws || old.build.unwind.has_personality(),
         imports: selection.imports.clone(),
         ..Manifest::default()

@@ -29,7 +29,13 @@ fn hex(bytes: &[u8]) -> String {
 
 /// The report.
 #[must_use]
-pub fn explain(both: &Both<'_, '_>, name: &str, refusals: Vec<Refusal>, emitted: Option<&Emitted>) -> Report {
+pub fn explain(
+    both: &Both<'_, '_>,
+    name: &str,
+    refusals: Vec<Refusal>,
+    emitted: Option<&Emitted>,
+    (types, type_notes): (String, Vec<String>),
+) -> Report {
     let Both { old, new, found, selection, .. } = *both;
     let mut functions = Vec::new();
     for c in selection.functions.values().filter(|c| !c.part) {
@@ -107,6 +113,7 @@ pub fn explain(both: &Both<'_, '_>, name: &str, refusals: Vec<Refusal>, emitted:
         noise: noise.collect(),
         refusals,
         warnings,
-        types: "not compared",
+        types,
+        type_notes,
     }
 }

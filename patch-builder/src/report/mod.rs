@@ -6,8 +6,20 @@ use serde::Serialize;
 
 pub use text::Look;
 
-/// The refusals that may be overruled: what they protect is the meaning of data, which somebody may know better.
-pub const ALLOWABLE: [&str; 3] = ["initial-value", "data-size", "constructor"];
+/// The refusals that may be overruled: what they protect is the meaning of data and the contract between old and new
+/// code, which somebody may know better.
+pub const ALLOWABLE: [&str; 10] = [
+    "initial-value",
+    "data-size",
+    "constructor",
+    "no-types",
+    "signature",
+    "layout",
+    "enum-value",
+    "vtable",
+    "async-state",
+    "coroutine",
+];
 
 /// One build in the report.
 #[derive(Clone, Debug, Serialize)]
@@ -105,6 +117,8 @@ pub struct Report {
     pub refusals: Vec<Refusal>,
     /// What the user should know.
     pub warnings: Vec<String>,
-    /// `not compared`: there is no contract guard yet.
-    pub types: &'static str,
+    /// What of the types was compared.
+    pub types: String,
+    /// What differs in types and does no harm.
+    pub type_notes: Vec<String>,
 }

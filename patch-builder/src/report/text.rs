@@ -98,6 +98,9 @@ impl Report {
                 let _ = writeln!(out, "          {} ({}): {}", n.function, n.rule, n.detail);
             }
         }
+        for note in &self.type_notes {
+            let _ = writeln!(out, "  types   {}", look.wrap(10, note));
+        }
         for w in &self.warnings {
             let _ = writeln!(out, "  {}: {}", look.caution("warning"), look.wrap(11, w));
         }

@@ -1,0 +1,172 @@
+//! Layouts as text for people, and as digests that do not depend on the build.
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Def, Field, Keyword, Layout, NameId, PointerKind, Signature, Ty, TyId, Types};
+
+/// A definition, readable: one line per field, each with its place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DefText {
+    /// `struct client, 40 bytes`.
+    pub head: String,
+    /// Place, name and type of each field; value and name of each enumerator; slot and name of each virtual function.
+    pub lines: Vec<(String, String)>,
+}
+
+/// A type layout as a patch records it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LayoutRecord {
+    /// The type's name.
+    pub name: String,
+    /// 32 hex digits over `text`: equal for equal layouts in any build.
+    pub digest: String,
+    /// The layout, one field a line.
+    pub text: String,
+    /// `file:line` of the definition.
+    pub source: String,
+}
+
+impl Types {
+    /// A type expression, readable.
+    #[must_use]
+    pub fn show(&self, ty: TyId) -> String {
+        self.show_to(ty, 0)
+    }
+
+    fn show_to(&self, ty: TyId, depth: u32) -> String {
+        if depth > 12 {
+            return "…".into();
+        }
+        let inner = |t: TyId| self.show_to(t, depth + 1);
+        match self.ty(ty) {
+            Ty::Void => "void".into(),
+            Ty::Base(name, _, _) | Ty::Named(name) | Ty::Opaque(name) => self.name(*name).to_owned(),
+            Ty::Pointer(kind, to) => match (kind, self.ty(*to)) {
+                (PointerKind::Raw, Ty::Function(s)) => self.show_function(s, "(*)", depth + 1),
+                (PointerKind::Raw, _) => format!("{} *", inner(*to)).replace("* *", "**"),
+                (PointerKind::Borrow, _) => format!("&{}", inner(*to)),
+                (PointerKind::Reference, _) => format!("{} &", inner(*to)),
+            },
+            Ty::Array(of, counts) => {
+                let counts: String =
+                    counts.iter().map(|c| c.map_or_else(|| "[]".to_owned(), |n| format!("[{n}]"))).collect();
+                format!("{}{counts}", inner(*of))
+            }
+            Ty::Function(s) => self.show_function(s, "", depth + 1),
+            Ty::Member(of, _) => format!("{} ::*", inner(*of)),
+            Ty::Inline(layout) => {
+                let keyword = keyword(layout.keyword);
+                let fields: Vec<String> = match layout.keyword {
+                    Keyword::Enum => layout.values.iter().map(|(n, v)| format!("{} = {v}", self.name(*n))).collect(),
+                    _ => layout.fields.iter().map(|f| format!("{} {}", inner(f.ty), self.name(f.name))).collect(),
+                };
+                format!("{keyword} {{ {} }}", fields.join("; "))
+            }
+        }
+    }
+
+    fn show_function(&self, s: &Signature, name: &str, depth: u32) -> String {
+        let mut params: Vec<String> = s.params.iter().map(|p| self.show_to(*p, depth + 1)).collect();
+        if s.variadic {
+            params.push("...".into());
+        }
+        format!("{} {name}({})", self.show_to(s.returns, depth + 1), params.join(", ")).replace(" (", " (")
+    }
+
+    /// A signature with the names of its parameters.
+    #[must_use]
+    pub fn show_signature(&self, name: &str, s: &Signature, names: &[NameId]) -> String {
+        let mut params: Vec<String> = s
+            .params
+            .iter()
+            .enumerate()
+            .map(|(i, p)| match names.get(i).map_or("", |n| self.name(*n)) {
+                "" => self.show(*p),
+                name => format!("{} {name}", self.show(*p)).replace("* ", "*"),
+            })
+            .collect();
+        if s.variadic {
+            params.push("...".into());
+        }
+        let no_return = if s.noreturn { "noreturn " } else { "" };
+        format!("{no_return}{} {name}({})", self.show(s.returns), params.join(", "))
+    }
+
+    /// The lines of a layout.
+    #[must_use]
+    pub fn layout_text(&self, name: &str, layout: &Layout) -> DefText {
+        let head = match name.split_once(' ') {
+            Some(("struct" | "union" | "enum", _)) => format!("{name}, {} bytes", layout.size),
+            _ => format!("{} {name}, {} bytes", keyword(layout.keyword), layout.size),
+        };
+        let mut out = DefText { head, lines: Vec::new() };
+        if layout.align != 0 {
+            out.head += &format!(", aligned to {}", layout.align);
+        }
+        out.lines.extend(layout.fields.iter().map(|f| self.field_line(f)));
+        for v in &layout.variants {
+            if let Some(d) = &v.discr {
+                let (at, what) = self.field_line(d);
+                out.lines.push((at, format!("discriminant: {what}")));
+            }
+            for arm in &v.arms {
+                let value = arm.value.map_or_else(|| "else".to_owned(), |v| format!("= {v:#x}"));
+                let content = self.name_of(arm.field.ty).map(|n| self.defs(n));
+                let text = self.show(arm.field.ty);
+                out.lines.push((value, format!("variant {text}")));
+                for f in content.into_iter().flatten().take(1).flat_map(|d| &d.layout.fields) {
+                    let (at, what) = self.field_line(f);
+                    out.lines.push((at, format!("  {what}")));
+                }
+            }
+        }
+        for (name, value) in &layout.values {
+            out.lines.push((format!("= {}", value.cast_signed()), self.name(*name).to_owned()));
+        }
+        for (slot, name) in &layout.slots {
+            out.lines.push((format!("virtual {slot}"), self.name(*name).to_owned()));
+        }
+        out
+    }
+
+    fn field_line(&self, f: &Field) -> (String, String) {
+        let mut at = match f.computed {
+            true => "+?".to_owned(),
+            false => format!("+{}", f.bit_at / 8),
+        };
+        if let Some(bits) = f.bits {
+            at += &format!(" bit {}:{bits}", f.bit_at % 8);
+        }
+        let name = if f.base { "base class" } else { self.name(f.name) };
+        (at, format!("{name}: {}", self.show(f.ty)))
+    }
+
+    /// The name of a type that has one.
+    #[must_use]
+    pub fn name_of(&self, ty: TyId) -> Option<NameId> {
+        match self.ty(ty) {
+            Ty::Named(name) => Some(*name),
+            _ => None,
+        }
+    }
+
+    /// A definition as a patch records it.
+    #[must_use]
+    pub fn record(&self, name: NameId, def: &Def) -> LayoutRecord {
+        let name = self.name(name).to_owned();
+        let text = self.layout_text(&name, &def.layout);
+        let text = text.lines.iter().fold(text.head, |out, (at, what)| format!("{out}\n{at} {what}"));
+        let digest = Sha256::digest(text.as_bytes());
+        let digest = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
+        let source = def.files.first().map_or_else(String::new, |at| self.place(*at));
+        LayoutRecord { name, digest, text, source }
+    }
+}
+
+fn keyword(k: Keyword) -> &'static str {
+    match k {
+        Keyword::Struct => "struct",
+        Keyword::Union => "union",
+        Keyword::Enum => "enum",
+    }
+}
