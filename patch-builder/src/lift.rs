@@ -74,6 +74,8 @@ pub struct Ref<'d> {
     pub access: Access,
     /// The target.
     pub target: Target<'d>,
+    /// How far behind unnamed data's start the address lies: compilers reach a constant from its end, too.
+    pub bias: i64,
 }
 
 /// A function in symbolic form.
@@ -160,6 +162,15 @@ impl<'d> Lifter<'_, 'd> {
     }
 
     fn push(&mut self, ins: &Instruction, at: usize, field: Field, access: Access, target: Target<'d>) {
+        let (target, bias) = match (target, access) {
+            (Target::Data(to), Access::Extent | Access::Indexed) => {
+                let place = ins.ip() + at as u64;
+                let base = self.build.relocs_in(place, 1).first().and_then(|r| self.build.base_of(to, r));
+                let base = base.or_else(|| self.build.nameless_at(to)).unwrap_or(to);
+                (Target::Data(base), to.wrapping_sub(base).cast_signed())
+            }
+            _ => (target, 0),
+        };
         let offset = (ins.ip() - self.start) as usize;
         let width = match field {
             Field::Rel8 => 1,
@@ -170,7 +181,7 @@ impl<'d> Lifter<'_, 'd> {
             bytes.fill(0);
         }
         let (at, end) = ((offset + at) as u32, (offset + ins.len()) as u32);
-        self.out.refs.push(Ref { at, end, field, access, target });
+        self.out.refs.push(Ref { at, end, field, access, target, bias });
     }
 
     fn instruction(&mut self, ins: &Instruction, offsets: &ConstantOffsets) {

@@ -258,7 +258,7 @@ fn unnamed_data(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
         if x.masked != y.masked || x.refs.len() != y.refs.len() {
             continue;
         }
-        for (r, s) in x.refs.iter().zip(&y.refs) {
+        for (r, s) in x.refs.iter().zip(&y.refs).filter(|(r, s)| r.bias == s.bias) {
             if let (Target::Data(at), Target::Data(to)) = (r.target, s.target) {
                 there.entry(at).or_default().insert(to);
                 back.entry(to).or_default().insert(at);

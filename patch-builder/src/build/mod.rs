@@ -103,9 +103,14 @@ pub struct Build<'d> {
     pub hard_bounds: Vec<u64>,
     /// Addresses that data or labels refer to: perhaps the middle of something.
     pub soft_bounds: Vec<u64>,
+    /// Start and end of sized data whose names say nothing across builds, by start.
+    pub nameless: Vec<(u64, u64)>,
     /// Unwind tables.
     pub unwind: Unwind<'d>,
 }
+
+/// An address further than this from its label belongs to something else.
+const MAX_BIAS: u64 = 1 << 20;
 
 impl<'d> Build<'d> {
     /// Reads a build from the bytes of its file.
@@ -148,6 +153,7 @@ impl<'d> Build<'d> {
             plt,
             hard_bounds: symbols.bounds,
             soft_bounds: symbols.labels,
+            nameless: symbols.nameless,
             unwind,
         };
         build.add_pointer_bounds();
@@ -251,6 +257,25 @@ impl<'d> Build<'d> {
     pub fn rel_sym(&self, reloc: &Reloc) -> &RelSym<'d> {
         const NONE: RelSym<'static> = RelSym { value: 0, target: SymTarget::Place, name: "" };
         self.rel_syms.get(reloc.sym as usize).unwrap_or(&NONE)
+    }
+
+    /// Where the unnamed data begins that the relocation behind the address `to` names by a label. (Assemblers keep
+    /// the labels of what linkers merge.)
+    #[must_use]
+    pub fn base_of(&self, to: u64, reloc: &Reloc) -> Option<u64> {
+        let sym = self.rel_sym(reloc);
+        let near = sym.value.abs_diff(to) < MAX_BIAS;
+        let section = self.section_at(sym.value).filter(|s| !s.exec && !s.name.starts_with(".got"))?;
+        let same = (section.addr..=section.addr + section.size).contains(&to);
+        (sym.target == SymTarget::Place && !sym.name.is_empty() && near && same).then_some(sym.value)
+    }
+
+    /// The start of the sized data without a lasting name that holds `addr`.
+    #[must_use]
+    pub fn nameless_at(&self, addr: u64) -> Option<u64> {
+        let index = self.nameless.partition_point(|(start, _)| *start <= addr);
+        let (start, end) = self.nameless.get(index.checked_sub(1)?)?;
+        (addr < *end).then_some(*start)
     }
 
     /// The name of the section that ends at `addr`: labels such as `__TMC_END__` stand there.

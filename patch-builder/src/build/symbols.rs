@@ -108,6 +108,7 @@ pub struct Symbols<'d> {
     pub rel_syms: Vec<RelSym<'d>>,
     pub bounds: Vec<u64>,
     pub labels: Vec<u64>,
+    pub nameless: Vec<(u64, u64)>,
 }
 
 struct Raw<'d> {
@@ -129,7 +130,7 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
     let strings = table.strings();
     let mut rel_syms = Vec::with_capacity(table.len());
     let (mut code, mut data, mut tls) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut bounds, mut labels) = (Vec::new(), Vec::new());
+    let (mut bounds, mut labels, mut nameless) = (Vec::new(), Vec::new(), Vec::new());
     let mut file = None;
     for (index, sym) in table.symbols().iter().enumerate() {
         let name = sym.name(Le, strings).map_err(damaged)?;
@@ -174,6 +175,9 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
             } else {
                 labels.push(value);
             }
+            if size > 0 && !has_identity(name) {
+                nameless.push((value, value.saturating_add(size)));
+            }
             data.push(entry);
         }
     }
@@ -183,7 +187,8 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
     }
     let objects = grouped(data, &mut rel_syms, SymTarget::Object);
     let tls = grouped(tls, &mut rel_syms, SymTarget::Tls);
-    Ok(Symbols { funcs, objects, tls, rel_syms, bounds, labels })
+    nameless.sort_unstable();
+    Ok(Symbols { funcs, objects, tls, rel_syms, bounds, labels, nameless })
 }
 
 /// Names that rustc gives to constants of their own, one for each.

@@ -144,6 +144,25 @@ impl<'a, 'd> Comparer<'a, 'd> {
         }
     }
 
+    /// Whether two references of two functions mean the same.
+    fn refs(&mut self, r: &Ref<'d>, s: &Ref<'d>) -> bool {
+        let (Target::Data(a), Target::Data(b), true) = (r.target, s.target, r.bias != 0) else {
+            return r.bias == s.bias && self.targets(r.target, s.target, r.access);
+        };
+        if r.bias != s.bias {
+            return false;
+        }
+        let (to, other) = (a.wrapping_add_signed(r.bias), b.wrapping_add_signed(r.bias));
+        if r.access == Access::Extent && self.is_str(to, other) {
+            return self.anonymous(to, other, r.access);
+        }
+        // All of the thing; where something else is referred to before the address, also what goes on behind it.
+        let whole = self.old.extent_end(a) >= to && self.new.extent_end(b) >= other;
+        let before = u64::try_from(r.bias).ok().filter(|_| !whole && !self.old.is_mutable(a));
+        before.is_none_or(|len| self.data(a, b, Some(len)) && self.anonymous(to, other, r.access))
+            && self.anonymous(a, b, r.access)
+    }
+
     fn address(&self, old: bool, target: Target<'d>) -> u64 {
         let side = if old { self.old } else { self.new };
         match target {
@@ -239,7 +258,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
                 return self.differ(|| format!("its code, which is not understood ({why})"));
             }
         }
-        let shape = |r: &Ref<'_>| (r.at, r.end, r.field, r.access);
+        let shape = |r: &Ref<'_>| (r.at, r.end, r.field, r.access, r.bias);
         if x.refs.iter().zip(&y.refs).any(|(r, s)| shape(r) != shape(s)) {
             return self.differ(|| "its code".into());
         }
@@ -247,7 +266,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
             return self.differ(|| "its code".into());
         }
         for (r, s) in x.refs.iter().zip(&y.refs) {
-            if !self.targets(r.target, s.target, r.access) {
+            if !self.refs(r, s) {
                 let (a, b) = (describe(old, r.target), describe(new, s.target));
                 return self.differ(|| {
                     if a == b {

@@ -4,9 +4,20 @@ use super::imports::DIRECT_IMPORT;
 use super::{Bound, Fixup, Piece, PieceKind, Selector, Store};
 use crate::build::{canonical, demangle, DynKind, FuncId, ObjId};
 use crate::compare::{place, slot, Place};
-use crate::lift::{Access, Target};
+use crate::lift::{Access, Ref, Target};
 
 impl<'d> Selector<'_, 'd> {
+    /// What a function's reference is bound to.
+    pub(super) fn bind_ref(&mut self, r: &Ref<'d>, g: FuncId) -> Option<Bound> {
+        let (Target::Data(at), true) = (r.target, r.bias != 0) else { return self.bind(r.target, r.access, Some(g)) };
+        let least = u64::try_from(r.bias).map_or(0, |bias| bias);
+        Some(match self.bind_data(at, r.access, least)? {
+            Bound::Image(start) => Bound::Image(start.wrapping_add_signed(r.bias)),
+            Bound::Piece(piece, offset) => Bound::Piece(piece, offset + r.bias),
+            other => other,
+        })
+    }
+
     /// What `target` of the new build is in the patched process; `None` after a refusal.
     pub(super) fn bind(&mut self, target: Target<'d>, access: Access, context: Option<FuncId>) -> Option<Bound> {
         match target {
@@ -14,7 +25,7 @@ impl<'d> Selector<'_, 'd> {
             Target::Object(id, offset) => self.bind_object(id, offset, access),
             Target::Plt(name) => self.bind_import(name, access),
             Target::Slot(at) => self.bind_slot(at),
-            Target::Data(at) => self.bind_data(at, access),
+            Target::Data(at) => self.bind_data(at, access, 0),
             Target::Unknown(0) => Some(Bound::Null),
             Target::Tls(..) | Target::Unknown(_) | Target::Empty(_) => {
                 let what = crate::compare::describe(self.new, target);
@@ -116,7 +127,8 @@ impl<'d> Selector<'_, 'd> {
         (0..len).any(|i| matches!(place(self.new, at + i, at), Place::Pointer(Target::Func(_, 0))))
     }
 
-    fn bind_data(&mut self, at: u64, access: Access) -> Option<Bound> {
+    /// Unnamed data; at least `least` bytes of it.
+    fn bind_data(&mut self, at: u64, access: Access, least: u64) -> Option<Bound> {
         if let Some(old) = self.pairing.unnamed_old(at) {
             return Some(Bound::Image(old));
         }
@@ -131,7 +143,7 @@ impl<'d> Selector<'_, 'd> {
         }
         let end = match access {
             Access::Exact(len) => self.new.extent_end(at).max(at + u64::from(len)),
-            _ => self.new.extent_end(at),
+            _ => self.new.extent_end(at).max(at + least),
         };
         let piece = self.piece(at, end - at, PieceKind::Constant, "constant", None);
         Some(Bound::Piece(piece, 0))

@@ -272,7 +272,7 @@ impl<'d> Selector<'_, 'd> {
                 }
                 continue;
             }
-            let Some(to) = self.bind(r.target, r.access, Some(g)) else { continue };
+            let Some(to) = self.bind_ref(r, g) else { continue };
             self.check_end(g, r, to);
             let store = match r.field {
                 Field::Rel32 => Store::Pc32(-i64::from(r.end - r.at)),
@@ -298,23 +298,23 @@ impl<'d> Selector<'_, 'd> {
 
     /// Joins the unnamed constants of a function that touch each other.
     fn join_touching(&mut self, lifted: &crate::lift::Lifted<'d>) {
-        let mut starts: Vec<u64> = lifted
-            .refs
-            .iter()
-            .filter_map(|r| match (r.target, r.access) {
-                (Target::Data(at), Access::Extent) if !self.new.is_mutable(at) => Some(at),
-                _ => None,
-            })
-            .collect();
-        starts.sort_unstable();
-        starts.dedup();
+        let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
+        for r in &lifted.refs {
+            if let (Target::Data(at), Access::Extent) = (r.target, r.access) {
+                if !self.new.is_mutable(at) {
+                    let end = ends.entry(at).or_insert_with(|| self.new.extent_end(at));
+                    *end = (*end).max(at.saturating_add_signed(r.bias));
+                }
+            }
+        }
+        let starts: Vec<u64> = ends.keys().copied().collect();
         let mut from = 0;
         while from < starts.len() {
             let mut to = from;
-            while to + 1 < starts.len() && self.new.extent_end(starts[to]) >= starts[to + 1] {
+            while to + 1 < starts.len() && ends[&starts[to]] >= starts[to + 1] {
                 to += 1;
             }
-            let end = starts[from..=to].iter().map(|at| self.new.extent_end(*at)).max().unwrap_or(0);
+            let end = starts[from..=to].iter().map(|at| ends[at]).max().unwrap_or(0);
             self.touching(&starts[from..=to], end);
             from = to + 1;
         }
@@ -332,8 +332,8 @@ impl<'d> Selector<'_, 'd> {
             .any(|k| !matches!(new.build.rel_sym(k).target, crate::build::SymTarget::Place));
         let at = match r.target {
             Target::Object(id, offset) => new.build.object(id).addr.wrapping_add_signed(offset),
-            Target::Data(at) => at,
-            _ => return,
+            Target::Data(at) if r.bias == 0 => at,
+            _ => return, // it is known what it belongs to
         };
         let own_table =
             matches!(crate::compare::place(new, at, at), crate::compare::Place::Pointer(Target::Func(f, _)) if f == g);
