@@ -10,7 +10,7 @@
 use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use rayon::prelude::*;
 
-use crate::build::{Build, FuncId, ObjId, Reloc, SymTarget};
+use crate::build::{Build, FuncId, ObjId, Reloc, SymTarget, TlsFound, TlsModel};
 
 /// What a reference refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +25,8 @@ pub enum Target<'d> {
     Slot(u64),
     /// A thread-local variable, and how far behind its start.
     Tls(u32, i64),
+    /// What is found through two slots, as the code of libraries finds thread-locals.
+    TlsSlots(TlsModel, TlsFound<'d>),
     /// The start of a section without content, by the section's name.
     Empty(&'d str),
     /// Data without a name.
@@ -59,6 +61,8 @@ pub enum Field {
     Abs64,
     /// Four bytes, relative to the thread pointer.
     TpOff32,
+    /// Four bytes, relative to the start of the image's thread-local segment.
+    DtpOff32,
 }
 
 /// One reference of an instruction.
@@ -192,7 +196,9 @@ impl<'d> Lifter<'_, 'd> {
         if let OpKind::NearBranch64 = ins.op0_kind() {
             let to = ins.near_branch_target();
             let place = offsets.immediate_offset();
-            if (self.start..self.end).contains(&to) {
+            // Unoptimised code may branch to its own end, where nothing is, in place of a mark for "never reached".
+            let nowhere = to == self.end && self.build.func_at(to).is_none() && !self.build.plt.contains_key(&to);
+            if nowhere || (self.start..self.end).contains(&to) {
                 self.out.branch_targets.push((to - self.start) as u32);
             } else if offsets.immediate_size() == 4 || offsets.immediate_size() == 1 {
                 let field = if offsets.immediate_size() == 4 { Field::Rel32 } else { Field::Rel8 };
@@ -302,7 +308,7 @@ impl<'d> Lifter<'_, 'd> {
         match reloc.kind {
             R_TLSGD if thread_pointer => self.pending_tls.push((reloc.at + 8, reloc.sym)),
             R_TLSLD | R_PLT32 | R_PC32 | R_GOTPCREL | R_GOTPCRELX if thread_pointer => {}
-            R_TLSDESC_CALL if matches!(ins.mnemonic(), Mnemonic::Nop | Mnemonic::Xchg) => {}
+            R_TLSDESC_CALL if matches!(ins.mnemonic(), Mnemonic::Nop | Mnemonic::Xchg) || is_descriptor_call(ins) => {}
             0 => {}
             kind => self.fail(format!("relocation type {kind} at {:#x}, inside `{ins}`", reloc.at)),
         }
@@ -313,7 +319,10 @@ impl<'d> Lifter<'_, 'd> {
             return self.fail("a thread-local access without segment".into());
         };
         let symbol = self.build.rel_syms.get(sym as usize);
-        let in_segment = value.wrapping_add(segment.aligned_len.cast_signed());
+        // Below the thread pointer in an executable; in a library, counted from the segment's start.
+        let field = if value < 0 { Field::TpOff32 } else { Field::DtpOff32 };
+        let below = if value < 0 { segment.aligned_len.cast_signed() } else { 0 };
+        let in_segment = value.wrapping_add(below);
         let target = match symbol.map(|s| s.target) {
             Some(SymTarget::Tls(id)) => {
                 Target::Tls(id, in_segment.wrapping_sub(self.build.tls[id as usize].addr.cast_signed()))
@@ -333,13 +342,27 @@ impl<'d> Lifter<'_, 'd> {
                 return self.fail(format!("a thread-local access at {:#x} that contradicts its relocation", ins.ip()));
             }
         }
-        self.push(ins, place, Field::TpOff32, Access::Extent, target);
+        self.push(ins, place, field, Access::Extent, target);
     }
 
     fn rip_target(&mut self, to: u64, reloc: Option<&Reloc>) -> Target<'d> {
         if let Some(r) = reloc {
-            if matches!(r.kind, R_TLSGD | R_TLSLD | R_GOTPC32_TLSDESC) {
-                self.fail("a thread-local access through the dynamic linker".into());
+            let model = match r.kind {
+                R_TLSGD => Some(TlsModel::Pair),
+                R_TLSLD => Some(TlsModel::Module),
+                R_GOTPC32_TLSDESC if self.build.rel_sym(r).name == "_TLS_MODULE_BASE_" => {
+                    Some(TlsModel::ModuleDescriptor)
+                }
+                R_GOTPC32_TLSDESC => Some(TlsModel::Descriptor),
+                _ => None,
+            };
+            match model.map(|model| (model, self.build.tls_slots(model, to))) {
+                Some((model, Some(found))) => return Target::TlsSlots(model, found),
+                // relaxed to a slot that holds the offset from the thread pointer
+                Some((_, None)) if !self.build.dynamic.contains_key(&to) => {
+                    self.fail("a thread-local access that is not understood".into());
+                }
+                _ => {}
             }
             if !matches!(
                 r.kind,
@@ -372,6 +395,15 @@ fn is_thread_pointer(ins: &Instruction) -> bool {
         && ins.memory_displacement64() == 0
         && ins.memory_base() == Register::None
         && ins.op0_register() == Register::RAX
+}
+
+/// `call [rax]`, what belongs to a thread-local's descriptor.
+fn is_descriptor_call(ins: &Instruction) -> bool {
+    ins.flow_control() == FlowControl::IndirectCall
+        && ins.op0_kind() == OpKind::Memory
+        && ins.memory_base() == Register::RAX
+        && ins.memory_index() == Register::None
+        && ins.memory_displacement64() == 0
 }
 
 fn read(code: &[u8], offset: u64, place: usize, width: usize) -> Option<u64> {

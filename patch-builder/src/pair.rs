@@ -5,7 +5,7 @@ mod family;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use crate::build::{canonical, Build, FuncId, Object};
+use crate::build::{canonical, Build, FuncId, Object, TlsFound};
 use crate::compare::{Comparer, LineProof};
 use crate::lift::Target;
 use crate::pairing::Pairing;
@@ -27,7 +27,7 @@ pub fn pair(old: &Side<'_>, new: &Side<'_>) -> Pairing {
         _ => None,
     });
     let tls = Variables::new(old, new, &old.build.tls, &new.build.tls, |t| match t {
-        Target::Tls(id, _) => Some(id),
+        Target::Tls(id, _) | Target::TlsSlots(_, TlsFound::Own(id, _)) => Some(id),
         _ => None,
     });
     // Functions are recognised by the data that they use, and data by the functions that use it.

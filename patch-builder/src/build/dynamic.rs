@@ -24,8 +24,23 @@ pub enum DynKind<'d> {
     Copy(&'d str),
     /// The offset from the thread pointer of this offset in this image's own thread-local segment.
     TpOff(u64),
+    /// The module of a thread-local, for `__tls_get_addr`.
+    TlsModule(TlsSym<'d>),
+    /// The offset of a thread-local in its module, for `__tls_get_addr`.
+    TlsOffset(TlsSym<'d>),
+    /// A descriptor of a thread-local, two words.
+    TlsDescriptor(TlsSym<'d>),
     /// Anything else.
     Other(u32),
+}
+
+/// The thread-local that the dynamic linker looks up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsSym<'d> {
+    /// At this offset in this image's own segment.
+    Own(u64),
+    /// Of another image, plus an addend.
+    Import(&'d str, i64),
 }
 
 /// One dynamic relocation.
@@ -123,7 +138,18 @@ fn kind_of<'d>(kind: u32, sym: Option<(&'d str, bool, u64)>, addend: i64) -> Dyn
         (18, Some(("", _, _))) | (18, None) => DynKind::TpOff(addend.cast_unsigned()),
         (18, Some((_, true, value))) => DynKind::TpOff(value.wrapping_add(addend.cast_unsigned())),
         (18, Some((name, false, _))) => DynKind::Import(name, addend),
+        (16, sym) => DynKind::TlsModule(tls_sym(sym, addend)),
+        (17, sym) => DynKind::TlsOffset(tls_sym(sym, addend)),
+        (36, sym) => DynKind::TlsDescriptor(tls_sym(sym, addend)),
         (other, _) => DynKind::Other(other),
+    }
+}
+
+fn tls_sym<'d>(sym: Option<(&'d str, bool, u64)>, addend: i64) -> TlsSym<'d> {
+    match sym {
+        Some((name, false, _)) if !name.is_empty() => TlsSym::Import(name, addend),
+        Some((_, true, value)) => TlsSym::Own(value.wrapping_add_signed(addend)),
+        _ => TlsSym::Own(addend.cast_unsigned()),
     }
 }
 

@@ -11,16 +11,18 @@ mod linkmap;
 mod names;
 mod scopes;
 mod symbols;
+mod tls;
 mod unwind;
 
 use std::collections::{HashMap, HashSet};
 
-pub use dynamic::{DynKind, DynRel, ImportSym};
+pub use dynamic::{DynKind, DynRel, ImportSym, TlsSym};
 pub use elf::{Reloc, Section};
 pub use lines::{Lines, Row};
 pub use names::{canonical, demangle, has_identity, split_suffix};
 pub use scopes::{Inlined, Scope, Scopes, SourceFile, SourceLine};
 pub use symbols::{Func, FuncId, Name, ObjId, Object, RelSym, SymTarget};
+pub use tls::{TlsFound, TlsModel};
 pub use unwind::{Fde, Personality, Unwind};
 
 /// Why a file is no build that can be diffed.

@@ -75,6 +75,12 @@ impl<'d> Unwind<'d> {
         self.lsdas.get(self.lsdas.partition_point(|l| *l <= addr)).copied()
     }
 
+    /// Where every language-specific data area begins, ascending.
+    #[must_use]
+    pub fn lsdas(&self) -> &[u64] {
+        &self.lsdas
+    }
+
     /// Whether any function names a personality: something in the program may unwind.
     #[must_use]
     pub fn has_personality(&self) -> bool {

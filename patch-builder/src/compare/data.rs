@@ -43,7 +43,11 @@ pub fn place<'d>(side: &Side<'d>, at: u64, base: u64) -> Place<'d> {
             DynKind::Ifunc(to) => Place::Pointer(resolve(build, to, None)),
             DynKind::Import(name, addend) => Place::Import(name, addend),
             DynKind::Copy(_) => Place::Bytes,
-            DynKind::TpOff(_) | DynKind::Other(_) => Place::Strange,
+            DynKind::TpOff(_)
+            | DynKind::TlsModule(_)
+            | DynKind::TlsOffset(_)
+            | DynKind::TlsDescriptor(_)
+            | DynKind::Other(_) => Place::Strange,
         };
     }
     let Some(reloc) = reloc else { return Place::Bytes };
@@ -144,13 +148,10 @@ impl<'d> Comparer<'_, 'd> {
 pub fn slot<'d>(side: &Side<'d>, at: u64) -> Place<'d> {
     let build = &side.build;
     match build.dynamic.get(&at).map(|d| d.kind) {
-        Some(DynKind::TpOff(offset)) => {
-            let hit = |o: &crate::build::Object<'_>| o.addr <= offset && offset < o.addr + o.size.max(1);
-            match build.tls.iter().position(hit) {
-                Some(id) => Place::Pointer(Target::Tls(id as u32, (offset - build.tls[id].addr).cast_signed())),
-                None => Place::Strange,
-            }
-        }
+        Some(DynKind::TpOff(offset)) => match build.tls_at(offset) {
+            Some((id, offset)) => Place::Pointer(Target::Tls(id, offset)),
+            None => Place::Strange,
+        },
         Some(_) => place(side, at, at),
         None => match build.bytes(at, 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes) {
             Some(0) => Place::Pointer(Target::Unknown(0)),
@@ -158,6 +159,23 @@ pub fn slot<'d>(side: &Side<'d>, at: u64) -> Place<'d> {
             _ => Place::Strange,
         },
     }
+}
+
+/// The slot that an entry of a type table refers to. Compilers put these in writable data, where the dynamic linker
+/// fills them; nothing else writes there.
+#[must_use]
+pub fn type_slot(side: &Side<'_>, entry: Target<'_>) -> Option<u64> {
+    let at = match entry {
+        Target::Data(at) | Target::Slot(at) => at,
+        Target::Object(id, offset) => side.build.object(id).addr.wrapping_add_signed(offset),
+        _ => return None,
+    };
+    let named = match entry {
+        Target::Object(id, _) => side.build.object(id).name().starts_with("DW.ref."),
+        _ => true,
+    };
+    let held = matches!(place(side, at, at), Place::Pointer(_) | Place::Import(..));
+    (named && side.is_mutable(at) && held).then_some(at)
 }
 
 /// Whether everything from `from` to `to` behind `at` is padding: zeros without meaning.
@@ -172,6 +190,18 @@ fn is_padding(side: &Side<'_>, at: u64, from: u64, to: u64) -> bool {
 }
 
 impl<'d> Comparer<'_, 'd> {
+    /// Whether two entries of type tables mean the same type: the address itself, or that of a slot that holds it.
+    fn types(&mut self, s: Target<'d>, t: Target<'d>) -> bool {
+        match (type_slot(self.old, s), type_slot(self.new, t)) {
+            (Some(x), Some(y)) => {
+                let (x, y) = (place(self.old, x, x), place(self.new, y, y));
+                self.places(x, y)
+            }
+            (None, None) => self.targets(s, t, Access::Extent),
+            _ => false,
+        }
+    }
+
     /// Whether two functions handle exceptions in the same way.
     pub(super) fn exception_tables(&mut self, f: crate::build::FuncId, g: crate::build::FuncId) -> bool {
         let lsda = |side: &Side<'d>, id| side.build.unwind.fde_at(side.build.func(id).addr).and_then(|e| e.lsda);
@@ -191,9 +221,7 @@ impl<'d> Comparer<'_, 'd> {
         while i < len {
             match (place(self.old, a + i, a + i), place(self.new, b + i, b + i)) {
                 (Place::Bytes, Place::Bytes) if x[i as usize] == y[i as usize] => i += 1,
-                (Place::Relative(s), Place::Relative(t)) | (Place::Short(s), Place::Short(t))
-                    if self.targets(s, t, Access::Extent) =>
-                {
+                (Place::Relative(s), Place::Relative(t)) | (Place::Short(s), Place::Short(t)) if self.types(s, t) => {
                     i += 4;
                 }
                 (Place::Pointer(s), Place::Pointer(t)) if self.targets(s, t, Access::Extent) => i += 8,

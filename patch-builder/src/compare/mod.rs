@@ -8,9 +8,9 @@ mod drift;
 
 use std::collections::{HashMap, HashSet};
 
-pub use data::{place, slot, Place};
+pub use data::{place, slot, type_slot, Place};
 
-use crate::build::{FuncId, Lines};
+use crate::build::{FuncId, Lines, TlsFound};
 use crate::lift::{Access, Ref, Target};
 use crate::pairing::Pairing;
 use crate::side::Side;
@@ -131,6 +131,13 @@ impl<'a, 'd> Comparer<'a, 'd> {
             (Target::Plt(x), Target::Plt(y)) => self.same_import(x, y),
             (Target::Empty(x), Target::Empty(y)) => x == y,
             (Target::Slot(s), Target::Slot(t)) => self.slots(s, t),
+            (Target::TlsSlots(m, s), Target::TlsSlots(n, t)) => {
+                m == n
+                    && match (s, t) {
+                        (TlsFound::Own(s, x), TlsFound::Own(t, y)) => x == y && self.pairing.tls_pair(s) == Some(t),
+                        (s, t) => s == t,
+                    }
+            }
             (Target::Tls(s, x), Target::Tls(t, y)) => x == y && self.pairing.tls_pair(s) == Some(t),
             (Target::Object(o, x), Target::Object(p, y)) => x == y && self.object_refs(o, p, x, access),
             (Target::Unknown(x), Target::Unknown(y)) => {
@@ -370,6 +377,9 @@ pub fn describe(side: &Side<'_>, target: Target<'_>) -> String {
                 None => "unnamed data".into(),
             }
         }
+        Target::TlsSlots(_, TlsFound::Own(id, _)) => crate::build::demangle(side.build.tls[id as usize].name()),
+        Target::TlsSlots(_, TlsFound::Import(name, _)) => crate::build::demangle(name),
+        Target::TlsSlots(_, TlsFound::Segment) => "its own thread-locals".into(),
         Target::Unknown(at) => format!("the address {at:#x}"),
     }
 }

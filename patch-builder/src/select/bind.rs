@@ -3,7 +3,7 @@
 use super::imports::DIRECT_IMPORT;
 use super::{Bound, Fixup, Piece, PieceKind, Selector, Store};
 use crate::build::{canonical, demangle, DynKind, FuncId, ObjId};
-use crate::compare::{place, slot, Place};
+use crate::compare::{place, type_slot, Place};
 use crate::lift::{Access, Ref, Target};
 
 impl<'d> Selector<'_, 'd> {
@@ -26,6 +26,7 @@ impl<'d> Selector<'_, 'd> {
             Target::Plt(name) => self.bind_import(name, access),
             Target::Slot(at) => self.bind_slot(at),
             Target::Data(at) => self.bind_data(at, access, 0),
+            Target::TlsSlots(model, found) => self.bind_tls_slots(model, found),
             Target::Unknown(0) => Some(Bound::Null),
             Target::Tls(..) | Target::Unknown(_) | Target::Empty(_) => {
                 let what = crate::compare::describe(self.new, target);
@@ -149,84 +150,6 @@ impl<'d> Selector<'_, 'd> {
         Some(Bound::Piece(piece, 0))
     }
 
-    fn bind_slot(&mut self, at: u64) -> Option<Bound> {
-        let fixups = match slot(self.new, at) {
-            Place::Import(name, 0) => return self.import_slot(name),
-            Place::Pointer(Target::Unknown(0)) => Vec::new(),
-            Place::Pointer(Target::Tls(id, offset)) => return self.bind_tls_slot(id, offset),
-            Place::Pointer(to) => {
-                let to = self.bind(to, Access::Extent, None)?;
-                vec![Fixup { at: 0, store: Store::Abs64, to }]
-            }
-            _ => {
-                let message = format!("{} uses a slot of the global offset table that is not understood", self.current);
-                let name = self.current.clone();
-                self.refuse("unknown-relocation", &name, message, "build with a supported linker");
-                return None;
-            }
-        };
-        if let Some((piece, _)) = self.piece_at.get(&(at, true)) {
-            return Some(Bound::Piece(*piece, 0));
-        }
-        let index = self.pieces.len();
-        self.pieces.push(Piece {
-            kind: PieceKind::Slot,
-            name: "slot".into(),
-            file: None,
-            align: 8,
-            bytes: vec![0; 8],
-            fixups,
-        });
-        self.piece_at.insert((at, true), (index, 0));
-        Some(Bound::Piece(index, 0))
-    }
-
-    fn bind_tls_slot(&mut self, id: u32, offset: i64) -> Option<Bound> {
-        let old_id = self.old_tls(id)?;
-        let wanted = self.old.build.tls[old_id as usize].addr.wrapping_add_signed(offset);
-        let mut slots =
-            self.old.build.dynamic.iter().filter(|(_, r)| r.kind == DynKind::TpOff(wanted)).map(|(at, _)| *at);
-        if let Some(at) = slots.next() {
-            return Some(Bound::Image(at));
-        }
-        let name = self.new.build.tls[id as usize].name().to_owned();
-        let message = format!(
-            "{} reads the thread-local {} through a slot that the old build does not have",
-            self.current,
-            demangle(&name)
-        );
-        self.refuse("thread-local", &name, message, "restart");
-        None
-    }
-
-    fn old_tls(&mut self, id: u32) -> Option<u32> {
-        let old = self.pairing.tls_old(id);
-        if old.is_none() {
-            let name = self.new.build.tls[id as usize].name().to_owned();
-            let message = format!(
-                "{} uses the thread-local {}, which threads that run already do not have",
-                self.current,
-                demangle(&name)
-            );
-            self.refuse(
-                "thread-local",
-                &name,
-                message,
-                "keep the value elsewhere (a static keyed by thread), or restart",
-            );
-        }
-        old
-    }
-
-    /// The offset from the thread pointer at which the running process has a thread-local.
-    pub(super) fn bind_tls(&mut self, target: Target<'d>) -> Option<i32> {
-        let Target::Tls(id, offset) = target else { return None };
-        let old = self.old_tls(id)?;
-        let segment = self.old.build.tls_segment?;
-        let at = self.old.build.tls[old as usize].addr.wrapping_add_signed(offset).cast_signed();
-        i32::try_from(at - segment.aligned_len.cast_signed()).ok()
-    }
-
     /// Cuts out `len` bytes at `at` of the new build, with everything that they refer to.
     pub(super) fn piece(&mut self, at: u64, len: u64, kind: PieceKind, name: &str, file: Option<String>) -> usize {
         self.piece_of(at, len, kind, name, file, &[at])
@@ -312,6 +235,17 @@ impl<'d> Selector<'_, 'd> {
                     fixups.push(Fixup { at: offset, store: Store::Abs64, to });
                 }
                 8
+            }
+            Place::Relative(to) if self.pieces[index].kind == PieceKind::Lsda => {
+                clear(self, 4);
+                let bound = match type_slot(self.new, to) {
+                    Some(at) => self.bind_type_slot(at),
+                    None => self.bind(to, Access::Extent, None),
+                };
+                if let Some(to) = bound {
+                    fixups.push(Fixup { at: offset, store: Store::Pc32(0), to });
+                }
+                4
             }
             Place::Relative(to) => {
                 clear(self, 4);

@@ -7,6 +7,7 @@
 mod bind;
 mod imports;
 mod jumps;
+mod slots;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -159,6 +160,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) ->
         taken: BTreeSet::new(),
         imports: imports::import_slots(old),
         wanted: Vec::new(),
+        old_type_slots: None,
         refusals: Vec::new(),
         current: String::new(),
     };
@@ -196,6 +198,8 @@ struct Selector<'a, 'd> {
     imports: imports::ImportSlots<'d>,
     /// Imports that the engine must find.
     wanted: Vec<Import>,
+    /// The old image's slots with addresses of types, once they were needed.
+    old_type_slots: Option<Vec<u64>>,
     refusals: Vec<Refusal>,
     /// The function that is being carried, for messages.
     current: String,
@@ -266,8 +270,8 @@ impl<'d> Selector<'_, 'd> {
         let mut bytes = lifted.masked.clone();
         for r in &lifted.refs {
             let at = u64::from(r.at);
-            if r.field == Field::TpOff32 {
-                if let Some(value) = self.bind_tls(r.target) {
+            if matches!(r.field, Field::TpOff32 | Field::DtpOff32) {
+                if let Some(value) = self.bind_tls(r.target, r.field) {
                     bytes[r.at as usize..r.at as usize + 4].copy_from_slice(&value.to_le_bytes());
                 }
                 continue;
@@ -278,7 +282,7 @@ impl<'d> Selector<'_, 'd> {
                 Field::Rel32 => Store::Pc32(-i64::from(r.end - r.at)),
                 Field::Rel8 => Store::Pc8,
                 Field::Abs32 => Store::Abs32,
-                Field::Abs64 | Field::TpOff32 => Store::Abs64,
+                Field::Abs64 | Field::TpOff32 | Field::DtpOff32 => Store::Abs64,
             };
             if store == Store::Abs32 && new.build.pie {
                 let message = format!("{} holds an address in 32 bits in a position-independent build", self.current);

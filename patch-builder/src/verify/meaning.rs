@@ -1,9 +1,9 @@
 //! Whether what a field of the patch leads to is what the new build's reference means.
 
 use super::{different, Actual, Check, Meant, VerifyError};
-use crate::build::{DynKind, FuncId, ObjId};
-use crate::compare::{place, place_of_slot, slot, Place};
-use crate::lift::{Access, Target};
+use crate::build::{DynKind, FuncId, ObjId, TlsFound, TlsModel};
+use crate::compare::{place, place_of_slot, slot, type_slot, Place};
+use crate::lift::{Access, Ref, Target};
 
 type Answer = Result<bool, VerifyError>;
 
@@ -17,7 +17,45 @@ impl<'d> Check<'_, 'd> {
             Target::Plt(name) => Ok(self.means_stub(actual, name)),
             Target::Slot(at) => self.means_slot(actual, at),
             Target::Unknown(0) => Ok(actual == Actual::Null),
+            Target::TlsSlots(model, found) => Ok(self.means_tls_slots(actual, model, found)),
             Target::Unknown(_) | Target::Tls(..) | Target::Empty(_) => Ok(false),
+        }
+    }
+
+    /// The same for a reference of a function, whose address may lie behind what it refers to.
+    pub(super) fn means_ref(&mut self, actual: Actual, r: &Ref<'d>) -> Answer {
+        let (Target::Data(at), true) = (r.target, r.bias != 0) else { return self.means(actual, r.target, r.access) };
+        let start = match actual {
+            Actual::Image(a) => Actual::Image(a.wrapping_add_signed(-r.bias)),
+            Actual::Patch(a) => Actual::Patch(a.wrapping_add_signed(-r.bias)),
+            _ => return Ok(false),
+        };
+        if let (Actual::Patch(p), Ok(before)) = (start, u64::try_from(r.bias)) {
+            self.content(p, at, before)?;
+        }
+        self.means_data(start, at, r.access)
+    }
+
+    fn means_tls_slots(&self, actual: Actual, model: TlsModel, found: TlsFound<'d>) -> bool {
+        let Actual::Image(at) = actual else { return false };
+        let wanted = match found {
+            TlsFound::Own(id, offset) => self.meant.pairing.tls_old(id).map(|old| TlsFound::Own(old, offset)),
+            other => Some(other),
+        };
+        wanted.is_some() && self.meant.old.build.tls_slots(model, at) == wanted
+    }
+
+    /// Whether the slot holds the type that the slot at `at` of the new build holds.
+    fn means_type_slot(&mut self, actual: Actual, at: u64) -> Answer {
+        let Meant { old, new, .. } = self.meant;
+        match (actual, place(new, at, at)) {
+            (Actual::Image(slot), wanted) => Ok(self.comparer.places(place(old, slot, slot), wanted)),
+            (Actual::Patch(_), Place::Import(name, 0)) => Ok(self.holds_import(actual, name)),
+            (Actual::Patch(p), Place::Pointer(to)) => match self.words.long(p) {
+                Some(holds) => self.means(holds, to, Access::Extent),
+                None => Ok(false),
+            },
+            _ => Ok(false),
         }
     }
 
@@ -148,7 +186,23 @@ impl<'d> Check<'_, 'd> {
         let len = self.meant.new.build.lsda_end(at) - at;
         let mut offset = 0;
         while offset < len {
-            offset += self.one(p + offset, p + offset, at + offset, at + offset)?;
+            let here = at + offset;
+            let slot = match place(self.meant.new, here, here) {
+                Place::Relative(to) => type_slot(self.meant.new, to),
+                _ => None,
+            };
+            let Some(slot) = slot else {
+                offset += self.one(p + offset, p + offset, here, here)?;
+                continue;
+            };
+            let right = match self.words.relative(p + offset, p + offset) {
+                Some(actual) => self.means_type_slot(actual, slot)?,
+                None => false,
+            };
+            if !right {
+                return Err(different(format!("the exception table at {:#x} names another type", p + offset)));
+            }
+            offset += 4;
         }
         Ok(())
     }

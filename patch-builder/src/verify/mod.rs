@@ -180,8 +180,8 @@ impl<'d> Check<'_, 'd> {
                 Field::Abs32 => self.words.short(field),
                 Field::Abs64 => self.words.long(field),
                 Field::Rel8 => self.words.island(field, at + func.size),
-                Field::TpOff32 => {
-                    let wanted = self.thread_offset(r.target);
+                Field::TpOff32 | Field::DtpOff32 => {
+                    let wanted = self.thread_offset(r.target, r.field);
                     if wanted.is_none() || self.words.number(field) != wanted {
                         return Err(different(format!("the thread-local at {}+{:#x}", name(), r.at)));
                     }
@@ -189,7 +189,7 @@ impl<'d> Check<'_, 'd> {
                 }
             };
             let right = match actual {
-                Some(actual) => self.means(actual, r.target, r.access)?,
+                Some(actual) => self.means_ref(actual, r)?,
                 None => false,
             };
             if !right {
@@ -201,13 +201,14 @@ impl<'d> Check<'_, 'd> {
         Ok(())
     }
 
-    /// The offset from the thread pointer that a thread-local has in the running process.
-    fn thread_offset(&self, target: Target<'d>) -> Option<i32> {
+    /// The offset, from the thread pointer or in the segment, that a thread-local has in the running process.
+    fn thread_offset(&self, target: Target<'d>, field: Field) -> Option<i32> {
         let Meant { old, pairing, .. } = self.meant;
         let Target::Tls(id, offset) = target else { return None };
         let variable = &old.build.tls[pairing.tls_old(id)? as usize];
         let at = variable.addr.wrapping_add_signed(offset).cast_signed();
-        i32::try_from(at - old.build.tls_segment?.aligned_len.cast_signed()).ok()
+        let below = if field == Field::TpOff32 { old.build.tls_segment?.aligned_len.cast_signed() } else { 0 };
+        i32::try_from(at - below).ok()
     }
 
     /// Every static of the manifest is new data of the new build, under its name, and none is missing.
