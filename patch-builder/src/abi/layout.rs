@@ -30,6 +30,7 @@ pub fn check(guard: &mut Guard<'_, '_>) {
     if changes.is_empty() {
         return;
     }
+    guard.changed.extend(changes.iter().map(|c| c.new.0));
     let names: HashSet<NameId> = changes.iter().map(|c| c.old.0).collect();
     // What changes only because something in it does, is said with that.
     let (followers, roots): (Vec<Change<'_>>, Vec<Change<'_>>) =
@@ -112,8 +113,10 @@ fn changes<'a>(guard: &mut Guard<'a, '_>, old: &'a Types, new: &'a Types) -> Vec
                 // Another suspend point renumbers nothing that is seen here, and still is another machine.
                 let more = std::mem::take(&mut what.more_variants);
                 if is_state_machine(text) {
-                    what.own |= !more.is_empty();
-                    what.layout.extend(more);
+                    // What is kept over a suspend point goes by the variable's name: another name, another value.
+                    let renamed = std::mem::take(&mut what.notes);
+                    what.own |= !(more.is_empty() && renamed.is_empty());
+                    what.layout.extend(more.into_iter().chain(renamed));
                 } else {
                     what.notes.extend(more);
                 }

@@ -22,7 +22,7 @@ use crate::pairing::Pairing;
 use crate::report::Refusal;
 use crate::select::Selection;
 use crate::side::Side;
-use crate::types::{Depth, LayoutRecord, Static, Types};
+use crate::types::{Depth, LayoutRecord, NameId, Static, Types};
 use numbered::Numbered;
 use same::Compare;
 
@@ -98,7 +98,8 @@ fn bare(name: &str) -> &str {
 #[must_use]
 pub fn check(inputs: Inputs<'_, '_>) -> Contract {
     let [old, new] = inputs.types;
-    let mut guard = Guard { inputs, compare: Compare::new(old, new, learn(inputs)), out: Contract::default() };
+    let compare = Compare::new(old, new, learn(inputs));
+    let mut guard = Guard { inputs, compare, changed: BTreeSet::new(), out: Contract::default() };
     if inputs.selection.functions.is_empty() {
         return guard.out;
     }
@@ -133,6 +134,8 @@ fn learn(inputs: Inputs<'_, '_>) -> Numbered {
 struct Guard<'a, 'd> {
     inputs: Inputs<'a, 'd>,
     compare: Compare<'a>,
+    /// Types of the new build whose layout differs from the old one's.
+    changed: BTreeSet<NameId>,
     out: Contract,
 }
 
@@ -373,18 +376,14 @@ impl Guard<'_, '_> {
         }
     }
 
-    /// The layouts that the new build brings.
+    /// The layouts that the new build brings: of types that are new, or that changed.
     fn brought(&mut self) {
         let [old, new] = self.inputs.types;
         for name in new.defined() {
-            for def in new.defs(name) {
-                let record = new.record(name, def);
-                let known = old
-                    .name_id(&record.name)
-                    .is_some_and(|n| old.defs(n).iter().any(|d| old.record(n, d).digest == record.digest));
-                if !known {
-                    self.out.layouts.push(record);
-                }
+            let known = old.name_id(new.name(name)).is_some_and(|n| !old.defs(n).is_empty());
+            if !known || self.changed.contains(&name) {
+                let records = new.defs(name).iter().map(|def| new.record(name, def));
+                self.out.layouts.extend(records);
             }
         }
     }

@@ -129,10 +129,18 @@ impl<'a> Compare<'a> {
         let (olds, news) = (self.old.defs(x), self.new.defs(y));
         let same = match (olds, news) {
             ([], []) => numbered || translated == new_name,
-            _ => olds.iter().all(|a| news.iter().any(|b| !self.layouts(&a.layout, &b.layout).matters())),
+            _ => olds.iter().all(|a| news.iter().any(|b| self.renamed(&a.layout, &b.layout))),
         };
         self.names.insert((x, y), same);
         same
+    }
+
+    /// Whether a definition that goes by another name is the same: by layout, and by what it was made for. A container
+    /// says only by its parameters what is in it.
+    fn renamed(&mut self, x: &Layout, y: &Layout) -> bool {
+        x.params.len() == y.params.len()
+            && x.params.iter().zip(&y.params).all(|(a, b)| self.tys(*a, *b))
+            && !self.layouts(x, y).matters()
     }
 
     /// The new definition that an old one of the same name became: that of the same file, else an equal one.

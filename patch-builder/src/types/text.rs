@@ -1,5 +1,7 @@
 //! Layouts as text for people, and as digests that do not depend on the build.
 
+use std::collections::BTreeSet;
+
 use sha2::{Digest as _, Sha256};
 
 use super::{Def, Field, Keyword, Layout, NameId, PointerKind, Signature, Ty, TyId, Types};
@@ -18,7 +20,7 @@ pub struct DefText {
 pub struct LayoutRecord {
     /// The type's name.
     pub name: String,
-    /// 32 hex digits over `text`: equal for equal layouts in any build.
+    /// 32 hex digits over the layout and everything that it holds: equal for equal layouts in any build.
     pub digest: String,
     /// The layout, one field a line.
     pub text: String,
@@ -150,13 +152,44 @@ impl Types {
         }
     }
 
+    /// The names of what a layout holds by value.
+    fn held(&self, layout: &Layout) -> Vec<NameId> {
+        let arms = layout.variants.iter().flat_map(|v| v.arms.iter().map(|a| &a.field));
+        let mut open: Vec<TyId> = layout.fields.iter().chain(arms).map(|f| f.ty).collect();
+        let mut out = Vec::new();
+        while let Some(ty) = open.pop() {
+            match self.ty(ty) {
+                Ty::Named(name) => out.push(*name),
+                Ty::Array(of, _) => open.push(*of),
+                Ty::Inline(inner) => out.extend(self.held(inner)),
+                _ => {}
+            }
+        }
+        out
+    }
+
     /// A definition as a patch records it.
     #[must_use]
     pub fn record(&self, name: NameId, def: &Def) -> LayoutRecord {
         let name = self.name(name).to_owned();
-        let text = self.layout_text(&name, &def.layout);
-        let text = text.lines.iter().fold(text.head, |out, (at, what)| format!("{out}\n{at} {what}"));
-        let digest = Sha256::digest(text.as_bytes());
+        let flat = |name: &str, layout: &Layout| {
+            let text = self.layout_text(name, layout);
+            text.lines.iter().fold(text.head, |out, (at, what)| format!("{out}\n{at} {what}"))
+        };
+        let text = flat(&name, &def.layout);
+        // With everything that it consists of, each once.
+        let mut hasher = Sha256::new_with_prefix(text.as_bytes());
+        let (mut open, mut seen) = (self.held(&def.layout), BTreeSet::new());
+        while let Some(part) = open.pop() {
+            if !seen.insert(part) {
+                continue;
+            }
+            for d in self.defs(part) {
+                hasher.update(flat(self.name(part), &d.layout));
+                open.extend(self.held(&d.layout));
+            }
+        }
+        let digest = hasher.finalize();
         let digest = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
         let source = def.files.first().map_or_else(String::new, |at| self.place(*at));
         LayoutRecord { name, digest, text, source }
