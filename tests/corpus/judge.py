@@ -3,7 +3,7 @@
 
 EXPECTED: names of changed functions, `+name` for new ones. A `.cold` or `.part.N` piece of one of them may come along.
 ALLOW: more of these, which may come along.
-REFUSE: a pattern; then the only right answer is a refusal for data, of a symbol that matches.
+REFUSE: a pattern; then the only right answer is a refusal for data or for the layout of a type, of a symbol that matches.
 """
 import json, re, sys
 
@@ -15,7 +15,7 @@ except ValueError:
     sys.exit(print(f"no report, exit {code}") or 1)
 refusals = report["refusals"]
 if refuse:
-    hits = [r["symbol"] for r in refusals if r["rule"] in ("initial-value", "data-size") and re.search(refuse, r["symbol"])]
+    hits = [r["symbol"] for r in refusals if r["rule"] in ("initial-value", "data-size", "layout") and re.search(refuse, r["symbol"])]
     print("refused: " + ", ".join(hits) if hits else f"not refused for {refuse}, exit {code}")
     sys.exit(0 if hits and code == "3" else 1)
 if code != "0":
