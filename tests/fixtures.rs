@@ -21,6 +21,11 @@ fn there_are_enough_of_each_kind() {
     for f in &all {
         let told = !f.changed.is_empty() || !f.new.is_empty() || f.must_not_patch();
         assert!(told, "{}: expects nothing", f.name);
+        match f.abi.as_deref() {
+            Some("break") => assert!(!f.refusals.is_empty(), "{}: breaks the contract, and is not refused", f.name),
+            Some("compatible") => assert!(f.refusals.is_empty(), "{}: is compatible, and refused", f.name),
+            other => assert!(other.is_none(), "{}: no such truth: {other:?}", f.name),
+        }
         let live = f.builder_exit() == 0;
         assert!(!live || f.says[0].is_some(), "{}: has no says-old", f.name);
         assert!(!live || f.apply_exit.is_some() || f.says[1].is_some(), "{}: has no says-new", f.name);

@@ -26,6 +26,10 @@ pub struct Fixture {
     pub cc: Option<String>,
     /// The fixture's units are a shared library: `linked` to the program, or `dlopened` by it.
     pub library: Option<String>,
+    /// What the change truly is for what lives in the process: `break` or `compatible`.
+    pub abi: Option<String>,
+    /// The program that packs the split debug information (`.dwo`) into one file beside the image (`.dwp`).
+    pub dwp: Option<String>,
     pub changed: Vec<String>,
     pub new: Vec<String>,
     pub data: Vec<(String, String)>,
@@ -98,6 +102,8 @@ fn parse(path: &Path) -> Fixture {
             "strip" => f.strip = true,
             "cc" => f.cc = Some(value.to_owned()),
             "library" => f.library = Some(value.to_owned()),
+            "abi" => f.abi = Some(value.to_owned()),
+            "dwp" => f.dwp = Some(value.to_owned()),
             "expect-changed" => f.changed.extend(words(value)),
             "expect-new" => f.new.extend(words(value)),
             "expect-data" => f.data.push((pair().0, pair().1.unwrap_or_default())),
@@ -128,7 +134,8 @@ impl Fixture {
             "lld" => Some("ld.lld"),
             _ => None,
         });
-        self.cc.as_deref().into_iter().chain(linkers).find(|tool| !is_installed(tool))
+        let tools = [self.cc.as_deref(), self.dwp.as_deref()].into_iter().flatten();
+        tools.chain(linkers).find(|tool| !is_installed(tool))
     }
 
     /// What patch-builder compares, given one of the two programs that [`Fixture::build`] returned.
@@ -176,6 +183,9 @@ impl Fixture {
             }
             let image = self.image(program);
             run(self.compiler(side, &image).current_dir(&work)).expect_code(0)?;
+            if let Some(dwp) = &self.dwp {
+                pack(dwp, &image)?;
+            }
             if let Some(how) = &self.library {
                 run(host(how, &image, program).current_dir(&work)).expect_code(0)?;
             }
@@ -216,7 +226,8 @@ impl Fixture {
                 command.args(["--edition", "2021", "--crate-name", "fixture", "fixture.rs"]);
             }
             _ => {
-                command.args(["-pthread", "-I."]).args(self.units[side].iter().map(|(name, _)| name));
+                let sources = self.units[side].iter().map(|(name, _)| name).filter(|name| !name.ends_with(".h"));
+                command.args(["-pthread", "-I."]).args(sources);
                 match &self.library {
                     Some(_) => command.args(["-shared", "-fPIC"]),
                     None => command.arg("main.c"),
@@ -244,6 +255,20 @@ fn host(how: &str, library: &Path, out: &Path) -> Command {
         other => panic!("a library is linked or dlopened, not {other:?}"),
     };
     command
+}
+
+/// Packs the `.dwo` files of an image into one `.dwp`, and removes them.
+fn pack(tool: &str, image: &Path) -> Result<(), String> {
+    let out = format!("{}.dwp", image.display());
+    run(Command::new(tool).arg("-e").arg(image).arg("-o").arg(out)).expect_code(0)?;
+    let io = |e: std::io::Error| format!("{}: {e}", image.display());
+    for entry in std::fs::read_dir(image.parent().expect("a folder")).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        if path.extension().is_some_and(|e| e == "dwo") {
+            std::fs::remove_file(path).map_err(io)?;
+        }
+    }
+    Ok(())
 }
 
 fn is_installed(tool: &str) -> bool {
