@@ -42,6 +42,9 @@ impl<'d> Selector<'_, 'd> {
         let own = context == Some(g) && offset != 0;
         let olds = self.pairing.func_olds(g).to_vec();
         let carried = self.functions.contains_key(&g);
+        if self.new.build.func(g).ifunc && offset == 0 && !Self::branch_or_address(access) {
+            return self.no_choice(g); // the symbol's address is its resolver's
+        }
         if offset == 0 && !Self::branch_or_address(access) {
             // A function has one address: the old one, whose entry leads to the new code.
             if let Some(f) = olds.first() {

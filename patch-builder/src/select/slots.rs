@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Bound, Fixup, Piece, PieceKind, Selector, Store};
-use crate::build::{demangle, DynKind, TlsFound, TlsModel};
+use crate::build::{demangle, DynKind, FuncId, TlsFound, TlsModel};
 use crate::compare::{place, slot, type_slot, Place};
 use crate::lift::{Access, Field, Target};
 use crate::side::Side;
@@ -27,6 +27,7 @@ impl<'d> Selector<'_, 'd> {
             Place::Import(name, 0) => return self.import_slot(name),
             Place::Pointer(Target::Unknown(0)) => Vec::new(),
             Place::Pointer(Target::Tls(id, offset)) => return self.bind_tls_slot(id, offset),
+            Place::Pointer(Target::Func(g, 0)) if self.new.build.func(g).ifunc => return self.bind_choice(g),
             Place::Pointer(to) => {
                 let to = self.bind(to, Access::Extent, None)?;
                 vec![Fixup { at: 0, store: Store::Abs64, to }]
@@ -39,6 +40,30 @@ impl<'d> Selector<'_, 'd> {
             }
         };
         Some(Bound::Piece(self.slot_piece(at, fixups), 0))
+    }
+
+    /// The old image's slot of a function that is chosen at start-up: it holds the choice, the symbol is the resolver's.
+    fn bind_choice(&mut self, g: FuncId) -> Option<Bound> {
+        let old = self.old;
+        let in_got = |at: &u64| old.build.section_at(*at).is_some_and(|s| s.name.starts_with(".got"));
+        let holds = |at: &u64| match slot(old, *at) {
+            Place::Pointer(Target::Func(f, 0)) => old.build.func(f).ifunc && self.pairing.is_pair(f, g),
+            _ => false,
+        };
+        match old.build.dynamic.keys().copied().filter(in_got).filter(holds).min() {
+            Some(at) => Some(Bound::Image(at)),
+            None => self.no_choice(g),
+        }
+    }
+
+    pub(super) fn no_choice(&mut self, g: FuncId) -> Option<Bound> {
+        let name = demangle(self.new.build.func(g).name());
+        let message = format!(
+            "{} takes the address of {name}, which is chosen at start-up (IFUNC), and no old slot holds the choice",
+            self.current
+        );
+        self.refuse("unsupported", &name, message, "call it as the old build does, or restart");
+        None
     }
 
     /// A slot with the address of a type: one of the old image that holds the same, else one of the patch.

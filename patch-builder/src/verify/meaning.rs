@@ -161,6 +161,12 @@ impl<'d> Check<'_, 'd> {
                 let wanted = variable.map(|v| DynKind::TpOff(v.addr.wrapping_add_signed(offset)));
                 Ok(wanted.is_some() && old.build.dynamic.get(&at).map(|r| r.kind) == wanted)
             }
+            (Place::Pointer(Target::Func(g, 0)), Actual::Image(at)) if new.build.func(g).ifunc => {
+                let held = slot(old, at);
+                Ok(
+                    matches!(held, Place::Pointer(Target::Func(f, 0)) if old.build.func(f).ifunc && pairing.is_pair(f, g)),
+                )
+            }
             (Place::Pointer(target), Actual::Patch(p)) => match self.words.long(p) {
                 Some(holds) => self.means(holds, target, Access::Extent),
                 None => Ok(false),
