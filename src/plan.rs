@@ -195,6 +195,28 @@ pub fn entry_edits(patch: &PatchFile, layout: &Layout, bias: LoadBias) -> Result
     Ok(out)
 }
 
+/// The jumps of functions of the previous patch that lead to this one, at `places`, where `expected` stands.
+///
+/// # Errors
+///
+/// A function and its replacement are too far apart.
+pub fn redirect_edits(
+    patch: &PatchFile,
+    layout: &Layout,
+    places: &[ProcAddr],
+    expected: &[[u8; 5]],
+) -> Result<Vec<CodeEdit>, Refusal> {
+    let mut out = Vec::new();
+    for ((r, at), expected) in patch.manifest.redirects.iter().zip(places).zip(expected) {
+        let far = || Refusal::OutOfReach { at: *at, to: layout.base };
+        let to = layout.base.checked_add(r.new_at).ok_or_else(far)?;
+        let new =
+            Edit::Jump { at: *at, to }.encode().map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;
+        out.push(CodeEdit { function: r.name.clone(), at: *at, expected: *expected, new });
+    }
+    Ok(out)
+}
+
 /// What must be read to judge one old function: its body with the padding that the jump needs, and its companions.
 #[must_use]
 pub fn old_code(function: &Function, bias: LoadBias) -> Option<Vec<ProcRange>> {

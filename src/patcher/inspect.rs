@@ -6,12 +6,12 @@ use crate::elf::{self, EM_X86_64};
 use crate::image::Image;
 use crate::link::{LinkError, Scope};
 use crate::memory::ReadMemory;
-use crate::patch::PatchFile;
+use crate::patch::{HexBytes, PatchFile};
 use crate::plan::{self, Links, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
-use crate::registry::{Found, State};
-use crate::transaction::{Planned, Target};
+use crate::registry::{Found, FunctionRecord, State};
+use crate::transaction::{Applied, Planned, Replaced, Target};
 
 /// Functions that switch a thread to another stack.
 const SWITCHES: [&str; 8] = [
@@ -45,31 +45,27 @@ impl Patcher {
         if let Some(state) = manifest.states.first() {
             return Err(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) }.into());
         }
-        if let Some(after) = &manifest.after {
-            return Err(Refusal::Unsupported { what: format!("to take the place of patch {}", after.name) }.into());
-        }
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
         let newest = records.iter().rfind(|r| r.mutable.state == State::Applied);
-        if let Some(newest) = newest {
-            if newest.payload.digest.0 == patch.digest {
-                return Ok(Inspected { planned: None, already: true, register_frame: None, sequence });
-            }
-            return Err(Refusal::OtherPatch { applied: newest.payload.patch.clone() }.into());
+        if newest.is_some_and(|n| n.payload.digest.0 == patch.digest) {
+            return Ok(Inspected { planned: None, already: true, register_frame: None, sequence });
         }
+        let replaced = self.replaced(patch, &records)?;
         if !options.allow_contexts {
             self.check_contexts()?;
         }
-        let branches = self.check_code(image, patch)?;
-        let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous: None };
+        let branches = self.check_code(image, patch, replaced.as_ref())?;
+        let previous = replaced.as_ref().map(|r| r.found.payload.base);
+        let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous };
         let register_frame = self.find_register_frame();
         if manifest.may_unwind && register_frame.is_none() {
             return Err(Refusal::NoUnwinder.into());
         }
         let earlier = records.iter().find(|r: &&Found| r.payload.digest.0 == patch.digest);
         let planned = match earlier {
-            Some(found) => Planned::again(patch, &links, found, &branches)?,
-            None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &branches)?,
+            Some(found) => Planned::again(patch, &links, found, &branches, replaced)?,
+            None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &branches, replaced)?,
         };
         Ok(Inspected { planned: Some(planned), already: false, register_frame, sequence })
     }
@@ -144,6 +140,47 @@ impl Patcher {
         Ok(())
     }
 
+    /// The applied patch whose place this one takes: exactly the one that it was built after, and no other.
+    fn replaced(&self, patch: &PatchFile, records: &[Found]) -> Result<Option<Replaced>, Error> {
+        let applied: Vec<&Found> = records.iter().filter(|r| r.mutable.state == State::Applied).collect();
+        let newest = applied.last();
+        let Some(after) = &patch.manifest.after else {
+            return match newest {
+                Some(newest) => Err(Refusal::OtherPatch { applied: newest.payload.patch.clone() }.into()),
+                None => Ok(None),
+            };
+        };
+        let short = |name: &str, digest: &HexBytes| {
+            format!("{name} ({})", digest.to_string().chars().take(12).collect::<String>())
+        };
+        let [found] = applied[..] else {
+            let applied = newest.map(|n| short(&n.payload.patch, &n.payload.digest));
+            return Err(Refusal::After { wanted: short(&after.name, &after.digest), applied }.into());
+        };
+        if found.payload.digest != after.digest {
+            let applied = Some(short(&found.payload.patch, &found.payload.digest));
+            return Err(Refusal::After { wanted: short(&after.name, &after.digest), applied }.into());
+        }
+        Applied::new(found.clone())?.check_entries(&self.process)?;
+        let mut redirected = Vec::new();
+        for r in &patch.manifest.redirects {
+            let at = found.payload.base.checked_add(r.at);
+            let range = at.and_then(|at| ProcRange::new(at, r.size));
+            let code = |f: &FunctionRecord| {
+                f.new.range().is_some_and(|c| range.is_some_and(|r| c.start <= r.start && r.end <= c.end))
+            };
+            let mut bytes = [0; 5];
+            let known = found.payload.functions.iter().any(|f| f.name == r.name && code(f));
+            let read = known.then(|| self.process.read_exact(at.unwrap_or_default(), &mut bytes));
+            if !matches!(read, Some(Ok(()))) {
+                let (name, what) = (found.payload.patch.clone(), format!("{} is not in its code", r.name));
+                return Err(Refusal::Damaged { name, at: found.region.start, what }.into());
+            }
+            redirected.push(bytes);
+        }
+        Ok(Some(Replaced { found: found.clone(), redirected }))
+    }
+
     /// Where everything is that the patch imports.
     fn imports(&self, image: &Image, patch: &PatchFile) -> Result<Vec<ProcAddr>, Error> {
         let imports = &patch.manifest.imports;
@@ -157,7 +194,7 @@ impl Patcher {
     }
 
     /// Compares every old function with what the patch was built for; tells for each whether it branches to its entry.
-    fn check_code(&self, image: &Image, patch: &PatchFile) -> Result<Vec<bool>, Error> {
+    fn check_code(&self, image: &Image, patch: &PatchFile, replaced: Option<&Replaced>) -> Result<Vec<bool>, Error> {
         let functions = &patch.manifest.functions;
         let mut ranges: Vec<ProcRange> = Vec::new();
         let mut counts = Vec::with_capacity(functions.len());
@@ -175,6 +212,17 @@ impl Patcher {
             ranges.iter().map(|r| vec![0; usize::try_from(r.len_bytes()).unwrap_or(0)]).collect();
         let mut parts: Vec<_> = ranges.iter().zip(&mut code).map(|(r, c)| (r.start, c.as_mut_slice())).collect();
         let read = self.process.read_many(&mut parts);
+        // The code is to be as it was built, but for the jumps of the patch that is applied (which were checked).
+        for entry in replaced.iter().flat_map(|r| &r.found.payload.entries) {
+            for (range, bytes) in ranges.iter().zip(&mut code) {
+                let Some(from) = entry.at.offset_from(range.start).and_then(|o| usize::try_from(o).ok()) else {
+                    continue;
+                };
+                if let Some(place) = bytes.get_mut(from..from.saturating_add(entry.original.0.len())) {
+                    place.copy_from_slice(&entry.original.0);
+                }
+            }
+        }
         let mut next = 0;
         let mut branches = Vec::with_capacity(functions.len());
         for (f, count) in functions.iter().zip(counts) {

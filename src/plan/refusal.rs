@@ -135,6 +135,14 @@ pub enum Refusal {
         /// Its name.
         applied: String,
     },
+    /// The patch takes the place of one that is not applied.
+    #[error("the patch takes the place of {wanted}, and what is applied is {}", applied.as_deref().unwrap_or("nothing"))]
+    After {
+        /// The patch that it wants applied, with the digest of its file.
+        wanted: String,
+        /// The newest that is, likewise.
+        applied: Option<String>,
+    },
     /// The patch to revert is not the newest.
     #[error("patch {name} is not the newest: {newest} was applied after it")]
     NotNewest {
@@ -202,6 +210,7 @@ impl Refusal {
             Self::NoRoom { .. } => "no-room",
             Self::OutOfReach { .. } => "out-of-reach",
             Self::OtherPatch { .. } => "other-patch",
+            Self::After { .. } => "after",
             Self::NotNewest { .. } => "not-newest",
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
@@ -237,8 +246,9 @@ impl Refusal {
             }
             Self::NoRoom { .. } | Self::OutOfReach { .. } => "restart the process, or make the patch smaller".into(),
             Self::OtherPatch { applied } => {
-                format!("revert it first (livepatch revert PID {applied}); patches are cumulative")
+                format!("build the patch with --after and the file of {applied}, or revert that first (livepatch revert PID {applied})")
             }
+            Self::After { .. } => "apply that patch first, or build one for what is applied (--after)".into(),
             Self::NotNewest { newest, .. } => format!("revert {newest} first, or use --all"),
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program with libgcc_s (the default of gcc and rustc)".into(),

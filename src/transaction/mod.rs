@@ -61,6 +61,37 @@ pub struct Planned {
     payload: Payload,
     /// The record of an earlier apply whose mapping is used again.
     earlier: Option<Mutable>,
+    /// The applied patch whose place it takes.
+    replaces: Option<Replaced>,
+}
+
+/// An applied patch whose place another takes, in the same hold.
+#[derive(Clone, Debug)]
+pub struct Replaced {
+    /// Its record.
+    pub found: Found,
+    /// What stands at each of the new patch's redirects.
+    pub redirected: Vec<[u8; 5]>,
+}
+
+impl Replaced {
+    /// Its mapping's end of the bargain: where each redirect is.
+    fn places(&self, patch: &PatchFile) -> Option<Vec<ProcAddr>> {
+        patch.manifest.redirects.iter().map(|r| self.found.payload.base.checked_add(r.at)).collect()
+    }
+
+    /// What the hold writes: `edits` expect the old image's bytes, but the replaced patch's jumps may stand there;
+    /// its other entries get their original bytes back.
+    fn switch(&self, edits: &[CodeEdit]) -> Option<Vec<CodeEdit>> {
+        let applied = Applied::new(self.found.clone()).ok()?.edits;
+        let jump = |at| applied.iter().find(|e| e.at == at);
+        let mut out: Vec<CodeEdit> = edits
+            .iter()
+            .map(|e| CodeEdit { expected: jump(e.at).map_or(e.expected, |j| j.expected), ..e.clone() })
+            .collect();
+        out.extend(applied.iter().filter(|j| !edits.iter().any(|e| e.at == j.at)).cloned());
+        Some(out)
+    }
 }
 
 fn range_record(bias: LoadBias, at: crate::addr::ImageAddr, len_bytes: u64) -> Option<RangeRecord> {
@@ -122,20 +153,27 @@ impl Planned {
     /// # Errors
     ///
     /// No room, or something does not reach its target.
-    pub fn new(patch: &PatchFile, target: &Target, maps: &[Mapping], branches: &[bool]) -> Result<Self, Refusal> {
+    pub fn new(
+        patch: &PatchFile,
+        target: &Target,
+        maps: &[Mapping],
+        branches: &[bool],
+        replaces: Option<Replaced>,
+    ) -> Result<Self, Refusal> {
         // An address is longest at the top of the address space: so the record can only get shorter.
         let far = || Refusal::OutOfReach { at: target.range.start, to: target.range.end };
         let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, patch).ok_or_else(far)?;
         let entries = patch.manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
-        let dummies: Vec<CodeEdit> = entries
-            .map(|f| CodeEdit { function: f.demangled.clone(), at: dummy.base, expected: [0; 5], new: [0; 5] })
+        let names = entries.map(|f| &f.demangled).chain(patch.manifest.redirects.iter().map(|r| &r.name));
+        let dummies: Vec<CodeEdit> = names
+            .map(|name| CodeEdit { function: name.clone(), at: dummy.base, expected: [0; 5], new: [0; 5] })
             .collect();
         let draft = payload(patch, &dummy, target.links.bias, branches).ok_or_else(far)?;
         let draft = with_entries(draft, &dummies);
         let slack = 64;
         let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
         let layout = Layout::near(target.range, maps, record_bytes, patch)?;
-        Self::at(patch, &target.links, layout, branches, None)
+        Self::at(patch, &target.links, layout, branches, None, replaces)
     }
 
     /// The mapping of an earlier apply of the same patch: its data keep their values.
@@ -143,9 +181,15 @@ impl Planned {
     /// # Errors
     ///
     /// The record does not fit the patch.
-    pub fn again(patch: &PatchFile, links: &Links, found: &Found, branches: &[bool]) -> Result<Self, Refusal> {
+    pub fn again(
+        patch: &PatchFile,
+        links: &Links,
+        found: &Found,
+        branches: &[bool],
+        replaces: Option<Replaced>,
+    ) -> Result<Self, Refusal> {
         let layout = Layout::at(found.region.start, found.payload.record_bytes, patch);
-        let planned = layout.map(|l| Self::at(patch, links, l, branches, Some(found.mutable))).transpose()?;
+        let planned = layout.map(|l| Self::at(patch, links, l, branches, Some(found.mutable), replaces)).transpose()?;
         let same = |p: &Self| p.layout.region == found.region && p.payload == found.payload;
         planned.filter(same).ok_or_else(|| Refusal::Damaged {
             name: found.payload.patch.clone(),
@@ -160,22 +204,30 @@ impl Planned {
         layout: Layout,
         branches: &[bool],
         earlier: Option<Mutable>,
+        replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
         let pieces = plan::pieces(patch, &layout, links)?;
-        let edits = plan::entry_edits(patch, &layout, links.bias)?;
+        let mut edits = plan::entry_edits(patch, &layout, links.bias)?;
         let far = || Refusal::OutOfReach { at: layout.region.start, to: layout.region.end };
+        if let Some(r) = &replaces {
+            let places = r.places(patch).ok_or_else(far)?;
+            edits.extend(plan::redirect_edits(patch, &layout, &places, &r.redirected)?);
+        }
         let payload = with_entries(payload(patch, &layout, links.bias, branches).ok_or_else(far)?, &edits);
         let record_bytes = encode(&payload, &FRESH, u64::MAX).len() as u64;
         if record_bytes > payload.record_bytes {
             return Err(Refusal::NoRoom { len_bytes: record_bytes });
         }
-        Ok(Self { layout, pieces, edits, payload, earlier })
+        if let Some(r) = &replaces {
+            edits = r.switch(&edits).ok_or_else(far)?;
+        }
+        Ok(Self { layout, pieces, edits, payload, earlier, replaces })
     }
 
     /// How many entry jumps it will write.
     #[must_use]
     pub fn entries(&self) -> usize {
-        self.edits.len()
+        self.payload.entries.len()
     }
 
     /// Where it goes.
@@ -327,7 +379,11 @@ impl<'p, P: Process> Staged<'p, P> {
     /// The code that no thread may be in when the patch is applied.
     #[must_use]
     pub fn watched(&self) -> Vec<Watched> {
-        watch_old(&self.planned.payload)
+        let mut out = watch_old(&self.planned.payload);
+        if let Some(replaced) = &self.planned.replaces {
+            out.extend(watch_new(&replaced.found.payload));
+        }
+        out
     }
 
     /// Holds, checks, writes the entry jumps and lets go.
@@ -344,7 +400,9 @@ impl<'p, P: Process> Staged<'p, P> {
     ) -> Result<Committed, Box<(Self, TransactionError)>> {
         let mutable = Mutable { state: State::Applied, sequence, applied_at_s, pause_ns: 0, ..self.mutable };
         let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
-        let result = hold_and_swap(self.process, limits, check, &self.planned.edits, at, &self.mutable, &mutable);
+        let mut records = vec![RecordEdit { at, before: self.mutable, after: mutable }];
+        records.extend(self.planned.replaces.as_ref().map(|r| RecordEdit::reverted(&r.found)));
+        let result = hold_and_swap(self.process, limits, check, &self.planned.edits, &records);
         match result {
             Err(e) => Err(Box::new((self, e))),
             Ok(times) => {
@@ -352,7 +410,7 @@ impl<'p, P: Process> Staged<'p, P> {
                 // From here on the mapping is in use. Its pause is for people only.
                 let _ = self.write_mutable();
                 self.mapped = false;
-                Ok(Committed { times, entries: self.planned.edits.len() })
+                Ok(Committed { times, entries: self.planned.payload.entries.len() })
             }
         }
     }
@@ -377,21 +435,37 @@ pub struct Committed {
     pub entries: usize,
 }
 
-/// Holds, checks, writes `edits` and the record's new state, and lets go.
+/// A change of what a record says.
+struct RecordEdit {
+    at: ProcAddr,
+    before: Mutable,
+    after: Mutable,
+}
+
+impl RecordEdit {
+    /// A patch is no longer applied.
+    fn reverted(found: &Found) -> Self {
+        let after = Mutable { state: State::Reverted, ..found.mutable };
+        Self { at: ProcAddr(found.region.start.0 + MUTABLE_AT), before: found.mutable, after }
+    }
+}
+
+/// Holds, checks, writes `edits` and the records' new states, and lets go.
 fn hold_and_swap<P: Process>(
     process: &mut P,
     limits: HoldLimits,
     check: &mut dyn StackCheck,
     edits: &[CodeEdit],
-    mutable_at: ProcAddr,
-    before: &Mutable,
-    after: &Mutable,
+    records: &[RecordEdit],
 ) -> Result<HoldTimes, TransactionError> {
     let mut held = process.hold(limits, check)?;
     swap::swap(&mut held, edits)?;
-    if let Err(e) = held.write_code(mutable_at, &encode_mutable(after)) {
-        // Entries and record must not contradict each other: back to where we were.
-        let _ = held.write_code(mutable_at, &encode_mutable(before));
+    for (i, record) in records.iter().enumerate() {
+        let Err(e) = held.write_code(record.at, &encode_mutable(&record.after)) else { continue };
+        // Entries and records must not contradict each other: back to where we were.
+        for done in records.get(..=i).unwrap_or(records) {
+            let _ = held.write_code(done.at, &encode_mutable(&done.before));
+        }
         swap::undo(&mut held, edits)?;
         return Err(e.into());
     }
@@ -467,9 +541,8 @@ impl Applied {
         limits: HoldLimits,
         check: &mut dyn StackCheck,
     ) -> Result<Reverted, Box<(Self, TransactionError)>> {
-        let after = Mutable { state: State::Reverted, ..self.found.mutable };
-        let at = ProcAddr(self.found.region.start.0 + MUTABLE_AT);
-        match hold_and_swap(process, limits, check, &self.edits, at, &self.found.mutable, &after) {
+        let record = RecordEdit::reverted(&self.found);
+        match hold_and_swap(process, limits, check, &self.edits, &[record]) {
             Ok(times) => Ok(Reverted { times, entries: self.edits.len() }),
             Err(e) => Err(Box::new((self, e))),
         }

@@ -99,11 +99,15 @@ fn soon() -> Instant {
 }
 
 fn apply(p: &mut FakeProcess, planned: Planned) -> Result<Committed, TransactionError> {
+    apply_as(p, planned, 1)
+}
+
+fn apply_as(p: &mut FakeProcess, planned: Planned, sequence: u64) -> Result<Committed, TransactionError> {
     let stacks = StackMap::new(&p.mappings()?);
     let mut staged = planned.stage(p, soon())?;
     staged.register(ProcAddr(0x4444), &mut Anyone, soon())?;
     let watch = WatchList::new(staged.watched());
-    staged.commit(LIMITS, &mut Checker::new(&watch, &stacks, None), 1, 2).map_err(|e| e.1)
+    staged.commit(LIMITS, &mut Checker::new(&watch, &stacks, None), sequence, 2).map_err(|e| e.1)
 }
 
 fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
@@ -120,7 +124,7 @@ fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
 
 fn planned(p: &FakeProcess) -> Planned {
     let all: Vec<Mapping> = p.mappings().unwrap();
-    Planned::new(&patch(), &target(), &all, &[false; 3]).unwrap()
+    Planned::new(&patch(), &target(), &all, &[false; 3], None).unwrap()
 }
 
 /// How many entries hold a jump.
@@ -155,7 +159,7 @@ fn applied_and_reverted_and_applied_again() {
     p.adopt(region);
     p.write_own(data, &[6; 8]).unwrap();
     let found = registry::find(&p, &p.mappings().unwrap()).unwrap().remove(0);
-    let again = Planned::again(&patch(), &target().links, &found, &[false; 3]).unwrap();
+    let again = Planned::again(&patch(), &target().links, &found, &[false; 3], None).unwrap();
     apply(&mut p, again).unwrap();
     assert_eq!((jumps(&p), p.called.len(), p.read_vec(data, 8).unwrap()), (3, 1, vec![6; 8]));
 }
@@ -221,7 +225,7 @@ fn a_thread_inside_stops_both_ways() {
     p.threads[0].registers.pc = ProcAddr(0x9999);
     let found = registry::find(&p, &p.mappings().unwrap()).unwrap();
     assert_eq!(found.len(), 1, "registered tables keep the mapping");
-    let again = Planned::again(&patch(), &target().links, &found[0], &[false; 3]).unwrap();
+    let again = Planned::again(&patch(), &target().links, &found[0], &[false; 3], None).unwrap();
     apply(&mut p, again).unwrap();
     p.threads[0].registers.pc = found[0].payload.base;
     assert!(revert(&mut p).is_err(), "the first byte of new code counts");
@@ -236,4 +240,90 @@ fn changed_entries_are_not_touched() {
     p.write_own(ProcAddr(IMAGE + 0x110), &[0xcc]).unwrap();
     let e = apply(&mut p, plan).unwrap_err();
     assert!(matches!(e, TransactionError::Swap(SwapError::Changed { breakpoint: true, .. })), "{e}");
+}
+
+/// A second patch, built after the first: it replaces `f1` and `f2` only, and `f0` of the first leads to its own.
+fn second() -> PatchFile {
+    let mut second = patch();
+    second.digest = [8; 32];
+    second.manifest.name = "second".into();
+    second.manifest.functions.remove(0);
+    second.manifest.after = Some(crate::patch::After { name: "p".into(), digest: HexBytes(vec![9; 32]) });
+    second.manifest.redirects = vec![crate::patch::Redirect { name: "f0".into(), at: 0, size: 8, new_at: 0 }];
+    second
+}
+
+fn take_over(p: &FakeProcess) -> Planned {
+    let all: Vec<Mapping> = p.mappings().unwrap();
+    let found = registry::find(p, &all).unwrap().remove(0);
+    let mut target = target();
+    target.links.previous = Some(found.payload.base);
+    let redirected = vec![p.read_vec(found.payload.base, 5).unwrap().try_into().unwrap()];
+    Planned::new(&second(), &target, &all, &[false; 2], Some(Replaced { found, redirected })).unwrap()
+}
+
+/// Where the jump at `at` leads, if there is one.
+fn leads_to(p: &FakeProcess, at: ProcAddr) -> Option<ProcAddr> {
+    let bytes = p.read_vec(at, 5).unwrap();
+    let distance = i32::from_le_bytes(bytes[1..].try_into().unwrap());
+    (bytes[0] == 0xe9).then(|| ProcAddr((at.0 + 5).wrapping_add_signed(i64::from(distance))))
+}
+
+#[test]
+fn a_patch_takes_the_place_of_another_or_nothing_changes() {
+    for torn in [false, true] {
+        for n in 0.. {
+            assert!(n < 200, "the loop must end");
+            let mut p = process();
+            let plan = planned(&p);
+            apply(&mut p, plan).unwrap();
+            let first = registry::find(&p, &p.mappings().unwrap()).unwrap().remove(0);
+            let plan = take_over(&p);
+            let region = plan.region();
+            p.torn_writes = torn;
+            p.fail_at(n);
+            let result = apply_as(&mut p, plan, 2);
+            let failed = p.has_failed();
+            p.fail_at(u32::MAX);
+            let state = |digest: u8| {
+                let all = registry::find(&p, &p.mappings().unwrap()).unwrap();
+                all.iter().find(|f| f.payload.digest.0 == [digest; 32]).map(|f| f.mutable.state)
+            };
+            let entries: Vec<_> = (0..3).map(|i| leads_to(&p, ProcAddr(IMAGE + 0x100 + i * 16))).collect();
+            let redirect = leads_to(&p, first.payload.base);
+            match result {
+                Ok(_) => {
+                    assert_eq!((state(9), state(8)), (Some(State::Reverted), Some(State::Applied)));
+                    assert_eq!(entries[0], None, "what the second does not replace is the old one again");
+                    assert!(entries[1..].iter().all(|e| e.is_some_and(|at| region.contains(at))));
+                    assert!(redirect.is_some_and(|at| region.contains(at)));
+                }
+                Err(_) => {
+                    assert_eq!(state(9), Some(State::Applied), "operation {n}");
+                    assert!(matches!(state(8), None | Some(State::Staged)), "operation {n}");
+                    assert!(entries.iter().all(|e| e.is_some_and(|at| first.region.contains(at))), "operation {n}");
+                    assert_eq!(redirect, None, "operation {n}");
+                }
+            }
+            if !failed {
+                // And back: all old, and the first patch's code as it was.
+                assert_eq!(revert(&mut p).unwrap().entries, 3);
+                assert_eq!((jumps(&p), leads_to(&p, first.payload.base)), (0, None));
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_thread_inside_the_patch_below_stops_the_one_that_takes_its_place() {
+    let mut p = process();
+    let plan = planned(&p);
+    apply(&mut p, plan).unwrap();
+    let first = registry::find(&p, &p.mappings().unwrap()).unwrap().remove(0);
+    let plan = take_over(&p);
+    // In `f0` of the first, which the second does not replace.
+    p.threads[0].registers.pc = ProcAddr(first.payload.base.0 + 1);
+    assert!(matches!(apply_as(&mut p, plan, 2), Err(TransactionError::Hold(HoldError::NotClear(Tid(1))))));
+    assert_eq!(jumps(&p), 3);
 }
