@@ -3,14 +3,16 @@
 
 mod support;
 
+use std::ffi::OsStr;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
 use serde_json::Value;
 use support::fixture::{all, Fixture, Language};
 use support::program::Program;
-use support::{build_patch_allowing, livepatch};
+use support::{build_patch_with, livepatch, tool};
 
 #[test]
 fn there_are_enough_of_each_kind() {
@@ -95,7 +97,10 @@ fn check(f: &Fixture) -> Result<(), String> {
     }
     let fix = f.dir().join("fix.so");
     let _ = std::fs::remove_file(&fix);
-    let built = build_patch_allowing(&f.image(&old), &f.image(&new), &fix, &f.allow);
+    let hooks = f.dir().join("hooks.o");
+    let mut more: Vec<&OsStr> = f.hooks.iter().flat_map(|_| ["--hooks".as_ref(), hooks.as_os_str()]).collect();
+    more.extend(allowed(f));
+    let built = build_patch_with(&f.image(&old), &f.image(&new), &fix, &more);
     built.expect_no_crash()?.expect_code(f.builder_exit())?;
     if fix.is_file() != (f.builder_exit() == 0) {
         return Err(format!(
@@ -105,14 +110,23 @@ fn check(f: &Fixture) -> Result<(), String> {
         ));
     }
     let report = built.json()?;
-    check_refusals(f, &report, &built.stderr)?;
+    check_refusals(&f.refusals, &report, &built.stderr)?;
     check_noise(f, &report)?;
     if f.builder_exit() == 0 {
         check_functions(f, &report)?;
         check_data(f, &report)?;
+        check_hooks(f, &fix)?;
         check_live(f, &old, &fix)?;
+        if f.versions() == 3 {
+            check_newer(f, &old, &fix).map_err(|e| format!("newer: {e}"))?;
+        }
     }
     Ok(())
+}
+
+/// `--allow` for each rule that the fixture overrules.
+fn allowed(f: &Fixture) -> impl Iterator<Item = &OsStr> {
+    f.allow.iter().flat_map(|rule| ["--allow".as_ref(), OsStr::new(rule)])
 }
 
 /// The unpatched program says what the fixture claims of it.
@@ -132,13 +146,13 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 }
 
 /// Every refusal is expected and every expected one is there, named on stderr and with a remedy.
-fn check_refusals(f: &Fixture, report: &Value, stderr: &str) -> Result<(), String> {
+fn check_refusals(wanted: &[(String, Option<String>)], report: &Value, stderr: &str) -> Result<(), String> {
     let got = list(report, "refusals");
     let is = |r: &Value, (rule, symbol): &(String, Option<String>)| {
         text(r, "rule") == rule && symbol.as_ref().is_none_or(|s| text(r, "symbol").contains(s.as_str()))
     };
     let said = || got.iter().map(|r| format!("\n  {r}")).collect::<String>();
-    for want in &f.refusals {
+    for want in wanted {
         let Some(found) = got.iter().find(|r| is(r, want)) else {
             return Err(format!("not refused as {want:?}, but:{}", said()));
         };
@@ -149,7 +163,7 @@ fn check_refusals(f: &Fixture, report: &Value, stderr: &str) -> Result<(), Strin
             return Err(format!("stderr does not name {:?}:\n{stderr}", want.1));
         }
     }
-    match got.iter().find(|r| !f.refusals.iter().any(|want| is(r, want))) {
+    match got.iter().find(|r| !wanted.iter().any(|want| is(r, want))) {
         Some(other) => Err(format!("refused for another reason, too: {other}")),
         None => Ok(()),
     }
@@ -297,5 +311,50 @@ fn check_live(f: &Fixture, old: &Path, fix: &Path) -> Result<(), String> {
             program.ask(says(usize::from(step == "apply"))).map_err(|e| format!("after {step}: {e}"))?;
         }
     }
+    program.finish()
+}
+
+/// The patch exports exactly the expected hooks; the engine of today refuses it, by name.
+fn check_hooks(f: &Fixture, fix: &Path) -> Result<(), String> {
+    let inspected = support::run(Command::new(tool("patch-builder")).arg("inspect").arg(fix).arg("--json"));
+    let report = inspected.expect_code(0)?.json()?;
+    let got: Vec<&str> = list(&report["manifest"], "hooks").iter().map(|h| text(h, "symbol")).collect();
+    if got != f.expected_hooks {
+        return Err(format!("the patch's hooks are {got:?}, expected {:?}", f.expected_hooks));
+    }
+    Ok(())
+}
+
+/// The patch from old to newer takes the place of the one from old to new, and a revert leads back to old.
+fn check_newer(f: &Fixture, old: &Path, fix: &Path) -> Result<(), String> {
+    let (newer, newest) = (f.dir().join("newer"), f.dir().join("newer.so"));
+    let _ = std::fs::remove_file(&newest);
+    let after: Vec<&OsStr> = ["--after".as_ref(), fix.as_os_str()].into_iter().chain(allowed(f)).collect();
+    let built = build_patch_with(&f.image(old), &f.image(&newer), &newest, &after);
+    built.expect_no_crash()?.expect_code(if f.newer_refusals.is_empty() { 0 } else { 3 })?;
+    check_refusals(&f.newer_refusals, &built.json()?, &built.stderr)?;
+    if !f.newer_refusals.is_empty() {
+        return if newest.is_file() { Err("refused, and still wrote the patch file".into()) } else { Ok(()) };
+    }
+    let says = |side: usize| f.says[side].as_deref().unwrap_or("");
+    let (fix, newest) = (fix.to_str().expect("a path in UTF-8"), newest.to_str().expect("a path in UTF-8"));
+    let mut program = Program::start(old);
+    let pid = program.pid().to_string();
+    program.ask(says(0))?;
+    livepatch(&["apply", &pid, newest]).expect_no_crash()?.expect_code(3)?.expect_says(&["takes the place"])?;
+    livepatch(&["apply", &pid, fix]).expect_no_crash()?.expect_code(0)?;
+    program.ask(says(1))?;
+    livepatch(&["apply", &pid, newest]).expect_no_crash()?.expect_code(0)?;
+    for _ in 0..2 {
+        program.ask(says(2)).map_err(|e| format!("after the newer patch: {e}"))?;
+    }
+    livepatch(&["apply", &pid, fix]).expect_no_crash()?.expect_code(3)?;
+    livepatch(&["revert", &pid]).expect_no_crash()?.expect_code(0)?;
+    program.ask(says(0)).map_err(|e| format!("after the revert: {e}"))?;
+    // And once more: both mappings are used again.
+    for patch in [fix, newest] {
+        livepatch(&["apply", &pid, patch]).expect_no_crash()?.expect_code(0)?;
+    }
+    program.ask(says(2)).map_err(|e| format!("after all of it again: {e}"))?;
     program.finish()
 }

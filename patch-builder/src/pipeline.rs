@@ -2,16 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use livepatch::patch::PatchFile;
 use memmap2::Mmap;
 
 use crate::abi::{self, Contract};
-use crate::build::{Build, BuildError};
+use crate::build::{Build, BuildError, Relocatable};
 use crate::diff::{diff, Diff, DiffOptions};
-use crate::emit::emit;
+use crate::emit::{emit, About};
 use crate::explain::{explain, Both};
 use crate::pair::pair;
 use crate::report::{Refusal, Report, ALLOWABLE};
-use crate::select::{select, Selection};
+use crate::select::{select, Extras, Selection};
 use crate::side::Side;
 use crate::verify::{verify, Meant, VerifyError};
 
@@ -30,6 +31,10 @@ pub struct Options {
     pub only_report: bool,
     /// Link maps of the two builds; else `OLD.map` and `NEW.map`, if they are there.
     pub maps: (Option<PathBuf>, Option<PathBuf>),
+    /// An object file with hooks.
+    pub hooks: Option<PathBuf>,
+    /// The applied patch that this one is to take the place of.
+    pub after: Option<PathBuf>,
     /// Rules that somebody takes responsibility for: `RULE` or `RULE:SYMBOL`.
     pub allow: Vec<String>,
 }
@@ -136,6 +141,8 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
         }
         Ok(Side::new(build))
     };
+    let hooks = options.hooks.as_deref().map(hook_object).transpose()?;
+    let after = options.after.as_deref().map(previous).transpose()?;
     let (old, new) = rayon::join(
         || read(&options.old, &old_bytes[..], options.maps.0.as_deref()),
         || read(&options.new, &new_bytes[..], options.maps.1.as_deref()),
@@ -155,7 +162,9 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
     let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
     refusals.extend(crate::sets::check(&old, &new, &pairing, &found));
     refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
-    let selection = select(&old, &new, &pairing, &found);
+    let extras = Extras { hooks: hooks.as_ref(), after: after.as_ref() };
+    let selection = select(&old, &new, &pairing, &found, extras);
+    refusals.extend(after.as_ref().and_then(|p| not_after(p, &old)));
     refusals.extend(selection.refusals.iter().cloned());
     let files = [(&*options.old, &old_bytes[..]), (&*options.new, &new_bytes[..])];
     let contract = contract(&old, &new, &pairing, &found, &selection, files);
@@ -166,7 +175,8 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
     let types = contract.summary(&allowances);
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {
-        match emit(&old, &new, &found, &selection, &options.name, &allowances, &types) {
+        let about = About { name: &options.name, allowances: &allowances, types: &types, after: after.as_ref() };
+        match emit(&old, &new, &found, &selection, &about) {
             Ok(e) => {
                 let meant = Meant {
                     old: &old,
@@ -175,7 +185,8 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
                     diff: &found,
                     manifest: &e.manifest,
                     placed: &e.placed,
-                    foreign: &[],
+                    foreign: &e.foreign,
+                    after: after.as_ref(),
                 };
                 examine(&e.bytes, &|bytes| verify(bytes, meant));
                 verify(&e.bytes, meant).map_err(Error::Verify)?;
@@ -205,6 +216,30 @@ fn contract(
     let [(old_path, old_bytes), (new_path, new_bytes)] = files;
     let (a, b) = rayon::join(|| abi::read(old_path, old_bytes), || abi::read(new_path, new_bytes));
     abi::check(abi::Inputs { old, new, pairing, diff, selection, files, types: [&a, &b] })
+}
+
+fn hook_object(path: &Path) -> Result<Relocatable, Error> {
+    let bytes = map(path)?;
+    Relocatable::parse(&bytes).map_err(|e| Error::Input(path.to_owned(), e))
+}
+
+fn previous(path: &Path) -> Result<PatchFile, Error> {
+    PatchFile::parse(&map(path)?).map_err(|e| Error::Input(path.to_owned(), BuildError::NotElf(e.to_string())))
+}
+
+/// Why a patch can't take the place of `previous`.
+fn not_after(previous: &PatchFile, old: &Side<'_>) -> Option<Refusal> {
+    let m = &previous.manifest;
+    let (message, remedy) = if m.target.build_id.0 != old.build.build_id {
+        let message = format!("patch {} is for another build ({}, {})", m.name, m.target.file, m.target.build_id);
+        (message, "give the patch that is applied to the running old build".to_owned())
+    } else if let Some(first) = &m.after {
+        let message = format!("patch {} took the place of {} itself: statics of both may be alive", m.name, first.name);
+        (message, format!("revert {} and build one patch without --after, or restart with the new build", m.name))
+    } else {
+        return None;
+    };
+    Some(Refusal { rule: "after".into(), symbol: m.name.clone(), message, remedy, ..Refusal::default() })
 }
 
 /// Takes out the refusals that somebody takes responsibility for, and says which.

@@ -19,7 +19,7 @@ pub enum Language {
 pub struct Fixture {
     pub name: String,
     pub language: Option<Language>,
-    pub flags: [Vec<String>; 2],
+    pub flags: [Vec<String>; 3],
     pub only_flags: Option<Vec<String>>,
     pub strip: bool,
     /// The compiler, where it is not the usual one of the language.
@@ -39,13 +39,19 @@ pub struct Fixture {
     pub exit: Option<i32>,
     pub noise: Vec<String>,
     pub apply_exit: Option<(i32, Option<String>)>,
-    pub says: [Option<String>; 2],
-    /// Name and text of every unit, old and new.
-    pub units: [Vec<(String, String)>; 2],
+    pub says: [Option<String>; 3],
+    /// What the patch from old to newer must be refused for, built after the one from old to new.
+    pub newer_refusals: Vec<(String, Option<String>)>,
+    /// The text of the object with hooks.
+    pub hooks: Option<String>,
+    /// The hooks that the patch must export.
+    pub expected_hooks: Vec<String>,
+    /// Name and text of every unit, old, new and newer.
+    pub units: [Vec<(String, String)>; 3],
 }
 
-/// Old, new: the order of every pair here.
-pub const SIDES: [&str; 2] = ["old", "new"];
+/// Old, new, and what comes after that: the order of everything here.
+pub const SIDES: [&str; 3] = ["old", "new", "newer"];
 
 /// Every fixture, in the order of names.
 pub fn all() -> Vec<Fixture> {
@@ -72,10 +78,16 @@ fn parse(path: &Path) -> Fixture {
     let words = |s: &str| s.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let first_unit = format!("fixture.{}", path.extension().and_then(|s| s.to_str()).expect("an extension"));
     let mut f = Fixture { name, language: language(path), ..Fixture::default() };
-    let mut into = [true, true];
+    let (mut into, mut into_hooks) = ([true; 3], false);
     f.units.iter_mut().for_each(|units| units.push((first_unit.clone(), String::new())));
     for line in text.lines() {
         let Some(directive) = line.strip_prefix("//#") else {
+            if into_hooks {
+                let text = f.hooks.get_or_insert_default();
+                *text += line;
+                *text += "\n";
+                continue;
+            }
             for (units, _) in f.units.iter_mut().zip(into).filter(|(_, taken)| *taken) {
                 let unit = units.last_mut().expect("the first unit");
                 unit.1 += line;
@@ -88,11 +100,14 @@ fn parse(path: &Path) -> Fixture {
             value.split_once(' ').map_or((value.to_owned(), None), |(a, b)| (a.to_owned(), Some(b.trim().to_owned())))
         };
         match key {
-            "both" => into = [true, true],
-            "old" => into = [true, false],
-            "new" => into = [false, true],
+            "both" => (into, into_hooks) = ([true; 3], false),
+            "old" => (into, into_hooks) = ([true, false, false], false),
+            "new" => (into, into_hooks) = ([false, true, false], false),
+            "newer" => (into, into_hooks) = ([false, false, true], false),
+            "later" => (into, into_hooks) = ([false, true, true], false),
+            "hooks" => into_hooks = true,
             "unit" => {
-                into = [true, true];
+                (into, into_hooks) = ([true; 3], false);
                 f.units.iter_mut().for_each(|u| u.push((value.to_owned(), String::new())));
             }
             "flags" => f.flags.iter_mut().for_each(|x| x.extend(words(value))),
@@ -114,6 +129,9 @@ fn parse(path: &Path) -> Fixture {
             "expect-apply-exit" => f.apply_exit = Some((pair().0.parse().expect("an exit code"), pair().1)),
             "says-old" => f.says[0] = Some(value.to_owned()),
             "says-new" => f.says[1] = Some(value.to_owned()),
+            "says-newer" => f.says[2] = Some(value.to_owned()),
+            "expect-newer-refusal" => f.newer_refusals.push(pair()),
+            "expect-hooks" => f.expected_hooks.extend(words(value)),
             other => panic!("{}: unknown directive {other:?}", f.name),
         }
     }
@@ -152,6 +170,15 @@ impl Fixture {
         self.exit.unwrap_or(if self.refusals.is_empty() { 0 } else { 3 })
     }
 
+    /// How many versions it has: two, or three.
+    pub fn versions(&self) -> usize {
+        if self.says[2].is_some() || !self.newer_refusals.is_empty() {
+            3
+        } else {
+            2
+        }
+    }
+
     /// Where its builds go.
     pub fn dir(&self) -> PathBuf {
         root().join("target/fixtures").join(&self.name)
@@ -165,12 +192,13 @@ impl Fixture {
     /// Builds both sides from the same path under `dir`; returns the two programs. Nothing is done if the same was built there before.
     pub fn build_in(&self, dir: &Path) -> Result<[PathBuf; 2], String> {
         let work = dir.join("src");
-        let out = SIDES.map(|side| dir.join(side));
+        let out: Vec<PathBuf> = SIDES[..self.versions()].iter().map(|side| dir.join(side)).collect();
+        let pair = [out[0].clone(), out[1].clone()];
         let stamp = format!("{} {} {self:?}", toolchain(), self.tools());
         let stamp = common_text().iter().fold(stamp, |s, (_, t)| s + t);
         let stamped = dir.join("stamp");
         if out.iter().all(|p| p.is_file()) && std::fs::read_to_string(&stamped).is_ok_and(|s| s == stamp) {
-            return Ok(out);
+            return Ok(pair);
         }
         let io = |e: std::io::Error| format!("{}: {e}", dir.display());
         for (side, program) in out.iter().enumerate() {
@@ -193,8 +221,14 @@ impl Fixture {
                 run(Command::new("strip").arg(&image)).expect_code(0)?;
             }
         }
+        if let Some(hooks) = &self.hooks {
+            std::fs::write(dir.join("hooks.c"), hooks).map_err(io)?;
+            let mut command = Command::new("gcc");
+            command.args(["-c", "-g", "-O2", "-fPIC", "hooks.c", "-o", "hooks.o"]);
+            run(command.current_dir(dir)).expect_code(0)?;
+        }
         std::fs::write(stamped, stamp).map_err(io)?;
-        Ok(out)
+        Ok(pair)
     }
 
     /// The versions of the tools that not every fixture uses.

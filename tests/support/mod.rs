@@ -125,17 +125,12 @@ pub fn run_within(command: &mut Command, limit: Duration) -> Ran {
 
 /// `patch-builder OLD NEW -o FIX --json`.
 pub fn build_patch(old: &Path, new: &Path, fix: &Path) -> Ran {
-    build_patch_allowing(old, new, fix, &[])
+    build_patch_with(old, new, fix, &[])
 }
 
-/// The same, with `--allow` for each.
-pub fn build_patch_allowing(old: &Path, new: &Path, fix: &Path, allowed: &[String]) -> Ran {
-    let mut command = Command::new(tool("patch-builder"));
-    command.args([old, new]).arg("-o").arg(fix).arg("--json");
-    for rule in allowed {
-        command.arg("--allow").arg(rule);
-    }
-    run(&mut command)
+/// As [`build_patch`], with more arguments.
+pub fn build_patch_with(old: &Path, new: &Path, fix: &Path, more: &[&std::ffi::OsStr]) -> Ran {
+    run(Command::new(tool("patch-builder")).args([old, new]).arg("-o").arg(fix).arg("--json").args(more))
 }
 
 /// `livepatch ARGS`.

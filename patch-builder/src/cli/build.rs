@@ -25,6 +25,13 @@ pub struct Common {
     /// Where builds are recorded that are named by build-id [default: .livepatch, then target/livepatch]
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// An object file (gcc -c -fPIC) that exports livepatch_pre_apply, livepatch_post_apply, livepatch_pre_revert or
+    /// livepatch_post_revert
+    #[arg(long, value_name = "H.o")]
+    hooks: Option<PathBuf>,
+    /// The patch that is applied already: this one takes its place
+    #[arg(long, value_name = "PREV.so")]
+    after: Option<PathBuf>,
     /// Overrule a refusal, on your responsibility; recorded in the patch
     #[arg(long, value_name = "RULE[:SYMBOL]")]
     allow: Vec<String>,
@@ -85,6 +92,8 @@ impl Common {
             strict_locations: self.strict_locations,
             maps: (self.old_map, self.new_map),
             allow: self.allow,
+            hooks: self.hooks,
+            after: self.after,
             ..Options::default()
         }
     }

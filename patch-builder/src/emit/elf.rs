@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use livepatch::patch::{Import, MANIFEST_SECTION, SHN_TARGET_IMAGE};
+use livepatch::patch::{Import, MANIFEST_SECTION, SHN_PREVIOUS_PATCH, SHN_TARGET_IMAGE};
 use object::elf;
 use object::write::elf::{Encoder, FileHeader, FileHeaderLayout, ProgramHeader, Rel, SectionHeader, Sym};
 use object::Endianness;
@@ -134,6 +134,16 @@ pub(super) fn write(
         *index = syms.len() as u32 + 1;
         syms.push(sym(strings.add(&image_name(*at)), info(1, 0), SHN_TARGET_IMAGE, *at, 0));
     }
+    let mut previous: BTreeMap<u64, u32> = BTreeMap::new();
+    for to in parts.iter().flat_map(|p| &p.relocs).map(|r| r.to) {
+        if let OutTarget::Previous(at) = to {
+            previous.entry(at).or_insert(0);
+        }
+    }
+    for (at, index) in &mut previous {
+        *index = syms.len() as u32 + 1;
+        syms.push(sym(strings.add(&format!("previous+{at:#x}")), info(1, 0), SHN_PREVIOUS_PATCH, *at, 0));
+    }
     let first_import = syms.len() as u32 + 1;
     for import in imports {
         let bind = if import.weak { 2 } else { 1 };
@@ -160,6 +170,7 @@ pub(super) fn write(
         for r in relocs {
             let (r_sym, r_addend) = match r.to {
                 OutTarget::Image(at) => (image[&at], r.addend),
+                OutTarget::Previous(at) => (previous[&at], r.addend),
                 OutTarget::Import(index) => (first_import + index as u32, r.addend),
                 OutTarget::Patch(at) => {
                     let section = section_of(at);

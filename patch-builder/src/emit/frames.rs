@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::{OutKind, OutReloc, OutTarget};
 use crate::build::{Fde, FuncId};
+use crate::select::Bound;
 
 const DW_EH_PE_PCREL_SDATA4: u8 = 0x1b;
 const DW_EH_PE_INDIRECT: u8 = 0x80;
@@ -14,6 +15,15 @@ pub struct Placed {
     pub lsda: Option<u64>,
 }
 
+/// What an entry is for.
+#[derive(Clone, Copy, Debug)]
+pub enum Covered {
+    /// A function of the new build.
+    Func(FuncId),
+    /// Code of a hook object, by its index.
+    Foreign(usize),
+}
+
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct CieKey {
     initial: Vec<u8>,
@@ -21,13 +31,13 @@ struct CieKey {
     data_align: i64,
     return_register: u16,
     signal: bool,
-    personality: Option<(u64, bool)>,
+    personality: Option<(Bound, bool)>,
     lsda: bool,
 }
 
 struct Entry {
     cie: usize,
-    id: FuncId,
+    id: Covered,
     len: u64,
     instructions: Vec<u8>,
     lsda: bool,
@@ -46,7 +56,7 @@ impl Frames {
         Self { at, cies: Vec::new(), known: HashMap::new(), entries: Vec::new() }
     }
 
-    pub fn reserve(&mut self, id: FuncId, fde: &Fde<'_>, personality: Option<(u64, bool)>, lsda: bool) {
+    pub fn reserve(&mut self, id: Covered, fde: &Fde<'_>, personality: Option<(Bound, bool)>, lsda: bool) {
         let key = CieKey {
             initial: fde.initial.to_vec(),
             code_align: fde.code_align,
@@ -64,15 +74,19 @@ impl Frames {
     }
 
     pub fn len(&self) -> u64 {
-        self.write(|_| Placed { at: 0, lsda: None }).0.len() as u64
+        self.write(|_| Placed { at: 0, lsda: None }, |_| None).0.len() as u64
     }
 
-    pub fn write(&self, placed: impl Fn(FuncId) -> Placed) -> (Vec<u8>, Vec<OutReloc>) {
+    pub fn write(
+        &self,
+        placed: impl Fn(Covered) -> Placed,
+        resolve: impl Fn(Bound) -> Option<OutTarget>,
+    ) -> (Vec<u8>, Vec<OutReloc>) {
         let (mut out, mut relocs) = (Vec::new(), Vec::new());
         let mut cie_at = Vec::new();
         for cie in &self.cies {
             cie_at.push(out.len());
-            self.cie(cie, &mut out, &mut relocs);
+            self.cie(cie, &mut out, &mut relocs, &resolve);
         }
         for entry in &self.entries {
             let start = out.len();
@@ -99,7 +113,13 @@ impl Frames {
         (out, relocs)
     }
 
-    fn cie(&self, cie: &CieKey, out: &mut Vec<u8>, relocs: &mut Vec<OutReloc>) {
+    fn cie(
+        &self,
+        cie: &CieKey,
+        out: &mut Vec<u8>,
+        relocs: &mut Vec<OutReloc>,
+        resolve: &dyn Fn(Bound) -> Option<OutTarget>,
+    ) {
         let start = out.len();
         out.extend([0; 8]); // length, and 0: a CIE
         out.push(1);
@@ -114,15 +134,18 @@ impl Frames {
         out.push(cie.return_register as u8);
         let len = 1 + if cie.personality.is_some() { 5 } else { 0 } + u8::from(cie.lsda);
         out.push(len);
-        if let Some((at, indirect)) = cie.personality {
+        if let Some((to, indirect)) = cie.personality {
             out.push(DW_EH_PE_PCREL_SDATA4 | if indirect { DW_EH_PE_INDIRECT } else { 0 });
-            relocs.push(OutReloc {
-                at: self.at + out.len() as u64,
-                kind: OutKind::Pc32,
-                to: OutTarget::Image(at),
-                addend: 0,
-            });
-            out.extend([0; 4]);
+            let at = self.at + out.len() as u64;
+            let value = match resolve(to) {
+                Some(OutTarget::Patch(to)) => to.wrapping_sub(at) as u32,
+                Some(to) => {
+                    relocs.push(OutReloc { at, kind: OutKind::Pc32, to, addend: 0 });
+                    0
+                }
+                None => 0,
+            };
+            out.extend(value.to_le_bytes());
         }
         if cie.lsda {
             out.push(DW_EH_PE_PCREL_SDATA4);

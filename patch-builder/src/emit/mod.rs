@@ -7,7 +7,9 @@ mod frames;
 use std::collections::{BTreeMap, HashMap};
 
 use livepatch::addr::ImageAddr;
-use livepatch::patch::{self, BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, Status};
+use livepatch::patch::{
+    self, BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, PatchFile, Status,
+};
 use sha2::{Digest, Sha256};
 
 use crate::build::{demangle, FuncId};
@@ -54,6 +56,8 @@ pub(crate) enum OutTarget {
     Patch(u64),
     /// By index in the manifest's imports.
     Import(usize),
+    /// Offset in the previous patch's address space.
+    Previous(u64),
 }
 
 /// A symbol of the patch.
@@ -73,10 +77,13 @@ pub struct Emitted {
     pub manifest: Manifest,
     /// Where each carried function begins.
     pub placed: BTreeMap<FuncId, u64>,
+    /// Ranges of the patch that come from a hook object.
+    pub foreign: Vec<(u64, u64)>,
 }
 
 struct Layout<'a, 'd> {
     selection: &'a Selection,
+    after: Option<&'a PatchFile>,
     old: &'a Side<'d>,
     funcs: BTreeMap<FuncId, u64>,
     pieces: Vec<u64>,
@@ -90,10 +97,24 @@ impl Layout<'_, '_> {
             Bound::Func(id, offset) => OutTarget::Patch(self.funcs.get(&id)?.checked_add_signed(offset)?),
             Bound::Piece(index, offset) => OutTarget::Patch(self.pieces.get(index)?.checked_add_signed(offset)?),
             Bound::Import(index, addend) => return Some((OutTarget::Import(index), addend)),
+            Bound::Previous(at) => OutTarget::Previous(at),
             Bound::Null => return None,
         };
         Some((target, 0))
     }
+}
+
+/// What a patch says of itself.
+#[derive(Clone, Copy)]
+pub struct About<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The rules that were overruled.
+    pub allowances: &'a [String],
+    /// What was done about types.
+    pub types: &'a str,
+    /// The patch that it takes the place of.
+    pub after: Option<&'a PatchFile>,
 }
 
 /// Writes the patch.
@@ -106,11 +127,10 @@ pub fn emit(
     new: &Side<'_>,
     diff: &Diff,
     selection: &Selection,
-    name: &str,
-    allowances: &[String],
-    types: &str,
+    about: &About<'_>,
 ) -> Result<Emitted, Vec<Refusal>> {
-    let mut layout = Layout { selection, old, funcs: BTreeMap::new(), pieces: vec![0; selection.pieces.len()] };
+    let after = about.after;
+    let mut layout = Layout { selection, after, old, funcs: BTreeMap::new(), pieces: vec![0; selection.pieces.len()] };
     let note = note(&old.build.build_id);
 
     // Read-only part: note, constants, slots, exception tables, unwind table.
@@ -135,8 +155,12 @@ pub fn emit(
     for c in selection.functions.values() {
         let func = new.build.func(c.new);
         if let Some(fde) = new.build.unwind.fde_at(func.addr) {
-            plan.reserve(c.new, fde, c.personality, c.lsda.is_some());
+            let personality = c.personality.map(|(at, slot)| (Bound::Image(at), slot));
+            plan.reserve(frames::Covered::Func(c.new), fde, personality, c.lsda.is_some());
         }
+    }
+    for (i, f) in selection.frames.iter().enumerate() {
+        plan.reserve(frames::Covered::Foreign(i), &f.fde(), f.personality, f.lsda.is_some());
     }
     let frames_len = plan.len();
     let text_at = (frames_at + frames_len).next_multiple_of(PAGE);
@@ -149,7 +173,7 @@ pub fn emit(
         layout.funcs.insert(*id, cursor);
         cursor += c.len_with_islands();
     }
-    for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Stub) {
+    for (i, piece) in selection.pieces.iter().enumerate().filter(|(_, p)| is_code(p)) {
         cursor = cursor.next_multiple_of(piece.align);
         layout.pieces[i] = cursor;
         cursor += piece.bytes.len() as u64;
@@ -189,10 +213,18 @@ pub fn emit(
         parts.push(writer.data(section, start, end, |k| k == kind));
     }
     let lsda_at = |index: usize| layout.pieces[index];
-    let (frame_bytes, frame_relocs) = plan.write(|id| {
-        let c = &selection.functions[&id];
-        frames::Placed { at: layout.funcs[&id], lsda: c.lsda.map(lsda_at) }
-    });
+    let covered = |what| match what {
+        frames::Covered::Func(id) => {
+            let c: &crate::select::Carried = &selection.functions[&id];
+            frames::Placed { at: layout.funcs[&id], lsda: c.lsda.map(lsda_at) }
+        }
+        frames::Covered::Foreign(index) => {
+            let f = &selection.frames[index];
+            let lsda = f.lsda.map(|(piece, offset)| layout.pieces[piece] + offset);
+            frames::Placed { at: layout.pieces[f.piece] + f.frame.at.1, lsda }
+        }
+    };
+    let (frame_bytes, frame_relocs) = plan.write(covered, |to| layout.address(to).map(|(target, _)| target));
     let len = frame_bytes.len() as u64;
     parts.push(Part { name: ".eh_frame", at: frames_at, bytes: frame_bytes, len, relocs: frame_relocs });
     parts.push(writer.text(text_at, text_end));
@@ -200,9 +232,9 @@ pub fn emit(
     let bss = Part { name: ".bss", at: data_end, len: bss_end - data_end, ..Part::default() };
     parts.push(bss);
     let mut refusals = writer.errors;
-    let mut manifest = manifest(old, new, diff, selection, &layout, name, &mut refusals);
-    manifest.allowances = allowances.to_vec();
-    manifest.types = types.to_owned();
+    let mut manifest = manifest(old, new, diff, selection, &layout, about.name, &mut refusals);
+    manifest.allowances = about.allowances.to_vec();
+    manifest.types = about.types.to_owned();
     if !refusals.is_empty() {
         return Err(refusals);
     }
@@ -219,6 +251,14 @@ pub fn emit(
             func: false,
         });
     }
+    for f in &selection.hook_functions {
+        symbols.push(OutSymbol {
+            name: f.name.clone(),
+            at: layout.pieces[f.piece] + f.offset,
+            size: f.size,
+            func: true,
+        });
+    }
     let image_name = |at: u64| image_symbol(layout.old, at);
     let json = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
     let mut bytes = elf::write(&parts, &symbols, &selection.imports, &json, &image_name);
@@ -226,7 +266,14 @@ pub fn emit(
     if let Some(digest) = patch::file_digest(&bytes, digest_at) {
         bytes[digest_at..digest_at + 32].copy_from_slice(&digest);
     }
-    Ok(Emitted { bytes, manifest, placed: layout.funcs })
+    let range = |i: &usize| (layout.pieces[*i], layout.pieces[*i] + selection.pieces[*i].bytes.len() as u64);
+    let foreign = selection.foreign.iter().map(range).collect();
+    Ok(Emitted { bytes, manifest, placed: layout.funcs, foreign })
+}
+
+/// Whether a piece lies among the code.
+fn is_code(p: &crate::select::Piece) -> bool {
+    matches!(p.kind, PieceKind::Stub | PieceKind::HookCode)
 }
 
 /// The two notes: the target, and room for the digest, which is the last thing in them.
@@ -317,7 +364,7 @@ impl Contents<'_, '_, '_> {
             }
             self.place(&mut part, at, &bytes, &fixups, "function");
         }
-        for (i, piece) in self.layout.selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Stub) {
+        for (i, piece) in self.layout.selection.pieces.iter().enumerate().filter(|(_, p)| is_code(p)) {
             self.place(&mut part, self.layout.pieces[i], &piece.bytes, &piece.fixups, &piece.name);
         }
         part
@@ -355,6 +402,23 @@ impl Contents<'_, '_, '_> {
             }
         }
     }
+}
+
+/// Where the previous patch's functions lead.
+fn redirects(previous: &PatchFile, selection: &Selection, layout: &Layout<'_, '_>) -> Vec<patch::Redirect> {
+    let one = |(index, g): &(usize, FuncId)| {
+        let f = previous.manifest.functions.get(*index)?;
+        let code = previous.segments.iter().find(|s| s.at <= f.new_at && f.new_at < s.at + s.len_bytes)?;
+        let first = code.data.get(usize::try_from(f.new_at - code.at).ok()?..)?;
+        let skip = if first.starts_with(&[0xf3, 0x0f, 0x1e, 0xfa]) { 4 } else { 0 };
+        Some(patch::Redirect {
+            name: f.name.clone(),
+            at: f.new_at + skip,
+            size: f.new_size - skip,
+            new_at: *layout.funcs.get(g)?,
+        })
+    };
+    selection.redirects.iter().filter_map(one).collect()
 }
 
 fn sha(bytes: &[u8]) -> HexBytes {
@@ -436,6 +500,19 @@ fn manifest(
             });
         }
     }
+    for f in &selection.hook_functions {
+        functions.push(Function {
+            name: f.name.clone(),
+            demangled: demangle(&f.name),
+            status: Status::New,
+            reason: "the hook object".into(),
+            new_at: layout.pieces[f.piece] + f.offset,
+            new_size: f.size,
+            source: None,
+            address_taken: false,
+            old: None,
+        });
+    }
     let statics =
         selection.pieces.iter().enumerate().filter(|(_, p)| p.kind == PieceKind::Static).map(|(i, p)| patch::Static {
             name: p.name.clone(),
@@ -444,6 +521,11 @@ fn manifest(
             size: p.bytes.len() as u64,
             type_digest: None,
         });
+    let hooks = selection.hooks.iter().filter_map(|(kind, to)| {
+        let (OutTarget::Patch(at), _) = layout.address(*to)? else { return None };
+        let symbol = kind.symbol().to_owned();
+        Some(patch::Hook { kind: *kind, symbol, at, agent: selection.hooks_need_agent })
+    });
     let unwinder = ["_Unwind_RaiseException", "_Unwind_Resume", "__cxa_throw"];
     let throws = old
         .build
@@ -461,6 +543,11 @@ fn manifest(
         types: String::new(),
         may_unwind: throws || old.build.unwind.has_personality(),
         imports: selection.imports.clone(),
+        after: layout
+            .after
+            .map(|p| patch::After { name: p.manifest.name.clone(), digest: HexBytes(p.digest.to_vec()) }),
+        redirects: layout.after.map_or_else(Vec::new, |p| redirects(p, selection, layout)),
+        hooks: hooks.collect(),
         ..Manifest::default()
     }
 }

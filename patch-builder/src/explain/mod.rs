@@ -84,6 +84,7 @@ pub fn explain(
         let kind = match p.kind {
             PieceKind::Static => "static",
             PieceKind::Slot | PieceKind::Stub => "slot",
+            PieceKind::HookCode => "hook",
             PieceKind::Constant | PieceKind::Lsda => "constant",
         };
         DataInfo { name: p.name.clone(), kind, size: p.bytes.len() as u64 }

@@ -51,6 +51,9 @@ impl<'d> Selector<'_, 'd> {
                 self.address_taken.insert(*f);
                 return Some(Bound::Image(self.old.build.func(*f).addr));
             }
+            if let Some(known) = self.known_address(g) {
+                return Some(known);
+            }
             self.taken.insert(g);
         }
         if own || carried {
@@ -119,6 +122,9 @@ impl<'d> Selector<'_, 'd> {
                 format!("it can't be told which old variable {} of {} is", demangle(object.name()), self.current);
             self.refuse("ambiguous", object.name(), message, "give the static locals different names");
             return None;
+        }
+        if let Some(at) = self.living_copy(id).filter(|_| mutable) {
+            return Some(Bound::Previous(at.wrapping_add_signed(offset)));
         }
         let kind = if mutable { PieceKind::Static } else { PieceKind::Constant };
         let file = object.names.first().and_then(|n| n.file).map(str::to_owned);

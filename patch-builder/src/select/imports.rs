@@ -84,7 +84,8 @@ impl<'d> Selector<'_, 'd> {
         if let Some(known) = self.wanted.iter().position(|i| i.name == name) {
             return Some(known);
         }
-        let symbol = self.new.build.imports.get(name).copied().unwrap_or_default();
+        let known = self.new.build.imports.get(name).or_else(|| self.old.build.imports.get(name));
+        let symbol = known.copied().unwrap_or_default();
         let refusal = if symbol.thread_local {
             Some((
                 "is thread-local, and every library has its own of these",

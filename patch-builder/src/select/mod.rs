@@ -4,16 +4,18 @@
 //! the old image: existing data always, unchanged functions, and the address
 //! of any function that the old build has, so that a function keeps one identity.
 
+mod after;
 mod bind;
+mod hooks;
 mod imports;
 mod jumps;
 mod slots;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use livepatch::patch::Import;
+use livepatch::patch::{HookKind, Import, PatchFile};
 
-use crate::build::{demangle, FuncId, Personality};
+use crate::build::{demangle, Fde, FuncId, ObjFrame, Personality, Relocatable};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::{companions, Diff};
 use crate::lift::{Access, Field, Target};
@@ -24,7 +26,7 @@ use crate::side::Side;
 pub use jumps::EntryPlan;
 
 /// What a reference of the patch is bound to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Bound {
     /// An address of the old image.
     Image(u64),
@@ -34,6 +36,8 @@ pub enum Bound {
     Piece(usize, i64),
     /// An import that the engine finds, by its index in [`Selection::imports`], and an addend.
     Import(usize, i64),
+    /// An offset in the previous patch.
+    Previous(u64),
     /// Nothing: an undefined weak symbol.
     Null,
 }
@@ -73,8 +77,10 @@ pub enum PieceKind {
     Lsda,
     /// New static data.
     Static,
-    /// A jump through a slot of the old image.
+    /// A jump through a slot.
     Stub,
+    /// Code of a hook object.
+    HookCode,
 }
 
 /// A piece of data that the patch carries.
@@ -127,6 +133,61 @@ impl Carried {
     }
 }
 
+/// An entry of the unwind table for code of a hook object.
+#[derive(Clone, Debug)]
+pub struct ForeignFrame {
+    /// The piece that holds the code.
+    pub piece: usize,
+    /// How it is unwound; its places are those of the object.
+    pub frame: ObjFrame,
+    /// Its personality routine, and whether that is a slot.
+    pub personality: Option<(Bound, bool)>,
+    /// Piece and offset of its language-specific data area.
+    pub lsda: Option<(usize, u64)>,
+}
+
+impl ForeignFrame {
+    /// As the unwind table of a build has it.
+    #[must_use]
+    pub fn fde(&self) -> Fde<'_> {
+        let f = &self.frame;
+        Fde {
+            start: 0,
+            len: f.len,
+            initial: &f.instructions[0],
+            instructions: &f.instructions[1],
+            code_align: f.code_align,
+            data_align: f.data_align,
+            return_register: f.return_register,
+            signal: f.signal,
+            personality: None,
+            lsda: None,
+        }
+    }
+}
+
+/// A function of a hook object.
+#[derive(Clone, Debug)]
+pub struct HookFunction {
+    /// Its symbol.
+    pub name: String,
+    /// The piece that holds it, and where in it.
+    pub piece: usize,
+    /// Its offset in the piece.
+    pub offset: u64,
+    /// Its length.
+    pub size: u64,
+}
+
+/// What goes into a patch besides what two builds differ in.
+#[derive(Clone, Copy, Default)]
+pub struct Extras<'x> {
+    /// The object with hooks.
+    pub hooks: Option<&'x Relocatable>,
+    /// The patch that this one takes the place of.
+    pub after: Option<&'x PatchFile>,
+}
+
 /// Everything that goes into the patch.
 pub struct Selection {
     /// Functions, by the new build's order.
@@ -137,6 +198,18 @@ pub struct Selection {
     pub imports: Vec<Import>,
     /// The carried functions whose new address the patch takes.
     pub taken: BTreeSet<FuncId>,
+    /// The hooks.
+    pub hooks: Vec<(HookKind, Bound)>,
+    /// Whether the hooks need the agent.
+    pub hooks_need_agent: bool,
+    /// The functions of the hook object.
+    pub hook_functions: Vec<HookFunction>,
+    /// Pieces that no build holds.
+    pub foreign: Vec<usize>,
+    /// The unwind table's entries for them.
+    pub frames: Vec<ForeignFrame>,
+    /// Functions of the previous patch, by index in its manifest, that lead to carried ones.
+    pub redirects: Vec<(usize, FuncId)>,
     /// How each replaced old function's entry is treated.
     pub entries: BTreeMap<FuncId, EntryPlan>,
     /// Reasons not to write it.
@@ -145,7 +218,7 @@ pub struct Selection {
 
 /// Works out the selection.
 #[must_use]
-pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> Selection {
+pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, extras: Extras<'_>) -> Selection {
     let mut s = Selector {
         old,
         new,
@@ -161,25 +234,47 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) ->
         imports: imports::import_slots(old),
         wanted: Vec::new(),
         old_type_slots: None,
+        hooks: Vec::new(),
+        hook_functions: Vec::new(),
+        foreign: Vec::new(),
+        frames: Vec::new(),
+        redirects: Vec::new(),
+        after: None,
         refusals: Vec::new(),
         current: String::new(),
     };
+    s.after = extras.after.map(after::Previous::new);
     s.seed();
-    while let Some(id) = s.queue.pop() {
-        s.carry(id);
+    s.hooks_of_build();
+    s.held_functions();
+    s.carry_all();
+    if let Some(object) = extras.hooks {
+        s.hooks_of_object(object);
+        s.carry_all();
     }
+    s.living_statics();
     let entries = jumps::plan(old, new, diff, &s.functions, &s.address_taken, &mut s.refusals);
     s.refusals.sort_by(|a, b| (&a.rule, &a.symbol, &a.message).cmp(&(&b.rule, &b.symbol, &b.message)));
     s.refusals.dedup();
+    let marks = |o: &Relocatable| o.symbols.iter().any(|s| s.name == AGENT_MARK && s.section.is_some());
     Selection {
         functions: s.functions,
         pieces: s.pieces,
         imports: s.wanted,
         taken: s.taken,
+        hooks: s.hooks,
+        hooks_need_agent: extras.hooks.is_some_and(marks),
+        hook_functions: s.hook_functions,
+        foreign: s.foreign,
+        frames: s.frames,
+        redirects: s.redirects,
         entries,
         refusals: s.refusals,
     }
 }
+
+/// A hook object that defines this symbol needs the agent.
+const AGENT_MARK: &str = "livepatch_hooks_need_agent";
 
 struct Selector<'a, 'd> {
     old: &'a Side<'d>,
@@ -200,6 +295,13 @@ struct Selector<'a, 'd> {
     wanted: Vec<Import>,
     /// The old image's slots with addresses of types, once they were needed.
     old_type_slots: Option<Vec<u64>>,
+    hooks: Vec<(HookKind, Bound)>,
+    hook_functions: Vec<HookFunction>,
+    /// Pieces that no build holds.
+    foreign: Vec<usize>,
+    frames: Vec<ForeignFrame>,
+    redirects: Vec<(usize, FuncId)>,
+    after: Option<after::Previous<'a>>,
     refusals: Vec<Refusal>,
     /// The function that is being carried, for messages.
     current: String,
@@ -221,6 +323,12 @@ impl<'d> Selector<'_, 'd> {
         for (g, (olds, why)) in seeds {
             let reason = if why.starts_with("it ") { why } else { format!("{why} changed") };
             self.enter(g, olds, reason);
+        }
+    }
+
+    fn carry_all(&mut self) {
+        while let Some(id) = self.queue.pop() {
+            self.carry(id);
         }
     }
 

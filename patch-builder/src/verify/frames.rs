@@ -75,8 +75,7 @@ impl Check<'_, '_> {
                 _ => return Err(bad("another exception table")),
             }
         }
-        let foreign = |at: u64| self.meant.foreign.iter().any(|(from, to)| (*from..*to).contains(&at));
-        if table.starts().filter(|at| !foreign(*at)).count() != known {
+        if table.starts().filter(|at| !self.is_foreign(*at)).count() != known {
             return Err(different("the unwind table has entries for what is no function"));
         }
         Ok(())

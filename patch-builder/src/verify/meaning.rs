@@ -64,6 +64,7 @@ impl<'d> Check<'_, 'd> {
         let at = match actual {
             Actual::Patch(at) => return placed.get(&g).and_then(|p| p.checked_add_signed(offset)) == Some(at),
             Actual::Image(at) => at,
+            Actual::Previous(at) => return offset == 0 && !Self::is_branch(access) && self.leads_here(at, g),
             _ => return false,
         };
         let Some(start) = at.checked_add_signed(-offset) else { return false };
@@ -79,6 +80,15 @@ impl<'d> Check<'_, 'd> {
         }
         let may_share = Self::is_branch(access) || new.build.rust;
         unchanged && may_share && pairing.func_olds(g).is_empty() && self.comparer.func_bodies(f, g)
+    }
+
+    /// Whether the previous patch's function at `at` goes by the name of `g`, and leads to it.
+    fn leads_here(&self, at: u64, g: FuncId) -> bool {
+        let Meant { new, manifest, placed, after, .. } = self.meant;
+        let functions = after.map_or(&[][..], |p| &p.manifest.functions);
+        let named = |f: &&livepatch::patch::Function| new.build.func(g).names.iter().any(|n| n.text == f.name);
+        let known = functions.iter().filter(named).any(|f| f.new_at == at && f.old.is_none());
+        known && manifest.redirects.iter().any(|r| (r.at == at || r.at == at + 4) && placed.get(&g) == Some(&r.new_at))
     }
 
     fn means_object(&mut self, actual: Actual, id: ObjId, offset: i64) -> Answer {
@@ -100,6 +110,13 @@ impl<'d> Check<'_, 'd> {
                     return Ok(false);
                 }
                 self.content(start, object.addr, object.size).map(|()| true)
+            }
+            Actual::Previous(at) => {
+                let statics = self.meant.after.map_or(&[][..], |p| &p.manifest.statics);
+                let start = at.checked_add_signed(-offset);
+                let name = crate::build::demangle(object.name());
+                let living = statics.iter().any(|s| Some(s.at) == start && s.name == name && s.size == object.size);
+                Ok(living && mutable && pairing.object_old(id).is_none())
             }
             _ => Ok(false),
         }

@@ -63,6 +63,8 @@ pub struct Meant<'a, 'd> {
     pub manifest: &'a Manifest,
     /// Where each carried function of the new build begins.
     pub placed: &'a BTreeMap<FuncId, u64>,
+    /// The previous patch.
+    pub after: Option<&'a PatchFile>,
     /// Code and data of a hook object, which no build holds: ranges of the patch.
     pub foreign: &'a [(u64, u64)],
 }
@@ -116,7 +118,8 @@ impl<'d> Check<'_, 'd> {
         let mut replaced: HashMap<FuncId, u64> = HashMap::new();
         for f in &manifest.functions {
             let carried = placed.iter().find(|(_, at)| **at == f.new_at);
-            if carried.is_none_or(|(g, _)| f.new_size < new.build.func(*g).size) {
+            let foreign = f.old.is_none() && self.is_foreign(f.new_at);
+            if !foreign && carried.is_none_or(|(g, _)| f.new_size < new.build.func(*g).size) {
                 return Err(different(format!("{} in the manifest is not where it was placed", f.demangled)));
             }
             let Some(o) = &f.old else { continue };
@@ -216,7 +219,7 @@ impl<'d> Check<'_, 'd> {
         let Meant { new, manifest, .. } = self.meant;
         for s in &manifest.statics {
             let object = self.objects.iter().find(|(_, at)| **at == s.at).map(|(id, _)| new.build.object(*id));
-            let foreign = self.meant.foreign.iter().any(|(from, to)| (*from..*to).contains(&s.at));
+            let foreign = self.is_foreign(s.at);
             let same = object.is_some_and(|o| o.size == s.size && crate::build::demangle(o.name()) == s.name);
             if !foreign && !same {
                 return Err(different(format!("the static {} in the manifest", s.name)));
@@ -242,6 +245,11 @@ impl<'d> Check<'_, 'd> {
             Actual::Previous(at) => format!("{at:#x} of the previous patch"),
             Actual::Null => "nothing".into(),
         }
+    }
+
+    /// Whether a place of the patch comes from a hook object.
+    fn is_foreign(&self, at: u64) -> bool {
+        self.meant.foreign.iter().any(|(from, to)| (*from..*to).contains(&at))
     }
 
     fn is_branch(access: Access) -> bool {
