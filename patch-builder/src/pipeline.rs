@@ -11,7 +11,7 @@ use crate::diff::{diff, Diff, DiffOptions};
 use crate::emit::{emit, About};
 use crate::explain::{explain, Both};
 use crate::pair::pair;
-use crate::report::{Refusal, Report, ALLOWABLE};
+use crate::report::{Detail, Refusal, Report, ALLOWABLE};
 use crate::select::{select, Extras, Selection};
 use crate::side::Side;
 use crate::verify::{verify, Meant, VerifyError};
@@ -29,12 +29,16 @@ pub struct Options {
     pub strict_locations: bool,
     /// Write no patch.
     pub only_report: bool,
+    /// Find out what the page shows beyond the report.
+    pub detailed: bool,
     /// Link maps of the two builds; else `OLD.map` and `NEW.map`, if they are there.
     pub maps: (Option<PathBuf>, Option<PathBuf>),
     /// An object file with hooks.
     pub hooks: Option<PathBuf>,
     /// The applied patch that this one is to take the place of.
     pub after: Option<PathBuf>,
+    /// Folders of the sources of the two builds, if they are not where the builds say.
+    pub sources: (Option<PathBuf>, Option<PathBuf>),
     /// Rules that somebody takes responsibility for: `RULE` or `RULE:SYMBOL`.
     pub allow: Vec<String>,
 }
@@ -43,6 +47,8 @@ pub struct Options {
 pub struct Outcome {
     /// Everything found; refused if it holds refusals.
     pub report: Report,
+    /// What the page shows beyond the report, if asked for.
+    pub detail: Option<Detail>,
     /// The patch; `None` if refused, if nothing differs, or if not asked for.
     pub patch: Option<Vec<u8>>,
 }
@@ -195,10 +201,19 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
             Err(more) => refusals.extend(more),
         }
     }
-    let both = Both { old: &old, new: &new, pairing: &pairing, found: &found, selection: &selection };
-    let report = explain(&both, &options.name, refusals, emitted.as_ref(), (types, contract.notes));
+    let both = Both {
+        old: &old,
+        new: &new,
+        bytes: (&old_bytes, &new_bytes),
+        sources: (options.sources.0.as_deref(), options.sources.1.as_deref()),
+        detailed: options.detailed,
+        pairing: &pairing,
+        found: &found,
+        selection: &selection,
+    };
+    let (report, detail) = explain(&both, &options.name, refusals, emitted.as_ref(), (types, contract.notes));
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
-    Ok(Outcome { report, patch })
+    Ok(Outcome { report, detail, patch })
 }
 
 /// Reads the types of both builds and compares them, if there is anything to patch.

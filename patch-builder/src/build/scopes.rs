@@ -65,10 +65,10 @@ impl Scope {
         self.rows[..end].last().map(|(_, line)| *line)
     }
 
-    /// The innermost inlined function whose code `addr` is.
+    /// The innermost inlined function whose code `addr` is, among those that `counts`.
     #[must_use]
-    pub fn inlined_at(&self, addr: u64) -> Option<usize> {
-        let holds = |i: &Inlined| i.ranges.iter().any(|(from, to)| (*from..*to).contains(&addr));
+    pub fn inlined_at(&self, addr: u64, counts: impl Fn(&Inlined) -> bool) -> Option<usize> {
+        let holds = |i: &Inlined| i.ranges.iter().any(|(from, to)| (*from..*to).contains(&addr)) && counts(i);
         (0..self.inlined.len()).filter(|i| holds(&self.inlined[*i])).max_by_key(|i| self.inlined[*i].depth)
     }
 }
@@ -250,10 +250,7 @@ impl<'a, 'w> UnitReader<'a, 'w> {
                     nesting.retain(|d| *d < depth);
                     nesting.push(depth);
                     let origin = self.origin(entry);
-                    let number = |at| entry.attr_value(at).and_then(|v| v.udata_value());
-                    let called = number(gimli::DW_AT_call_file)
-                        .zip(number(gimli::DW_AT_call_line))
-                        .map(|(file, line)| SourceLine { file: file as u32, line: line as u32 });
+                    let called = source_line(entry, gimli::DW_AT_call_file, gimli::DW_AT_call_line);
                     let inlined = Inlined {
                         symbol: origin.symbol,
                         declared: origin.declared,
@@ -290,7 +287,6 @@ impl<'a, 'w> UnitReader<'a, 'w> {
             let value = entry.attr_value(at)?;
             self.dwarf.attr_string(unit, value).ok().map(|s| s.to_string_lossy().into_owned())
         };
-        let number = |at| entry.attr_value(at).and_then(|v| v.udata_value());
         if out.symbol.is_empty() || !out.linkage {
             if let Some(name) = text(gimli::DW_AT_linkage_name) {
                 (out.symbol, out.linkage) = (name, true);
@@ -300,9 +296,7 @@ impl<'a, 'w> UnitReader<'a, 'w> {
         }
         // Files of another unit have numbers of their own.
         if own_unit && out.declared.is_none() {
-            out.declared = number(gimli::DW_AT_decl_file)
-                .zip(number(gimli::DW_AT_decl_line))
-                .map(|(file, line)| SourceLine { file: file as u32, line: line as u32 });
+            out.declared = source_line(entry, gimli::DW_AT_decl_file, gimli::DW_AT_decl_line);
         }
         if depth > 8 {
             return;
@@ -337,6 +331,15 @@ impl<'a, 'w> UnitReader<'a, 'w> {
         }
         None
     }
+}
+
+fn source_line(entry: &Entry<'_>, file: gimli::DwAt, line: gimli::DwAt) -> Option<SourceLine> {
+    let file = match entry.attr_value(file)? {
+        AttributeValue::FileIndex(index) => index,
+        other => other.udata_value()?,
+    };
+    let line = entry.attr_value(line)?.udata_value()?;
+    Some(SourceLine { file: file as u32, line: line as u32 })
 }
 
 #[derive(Default)]

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::cli::output::{say, write_whole};
 use crate::cli::wrap::recorded;
 use crate::pipeline::{run, Options};
-use crate::report::Look;
+use crate::report::{page, Look};
 
 /// What both the building and the mere reporting may be asked.
 #[derive(Args, Debug, Default)]
@@ -32,12 +32,21 @@ pub struct Common {
     /// The patch that is applied already: this one takes its place
     #[arg(long, value_name = "PREV.so")]
     after: Option<PathBuf>,
+    /// Where the old build's sources are [default: where it was built]
+    #[arg(long, value_name = "DIR")]
+    old_source: Option<PathBuf>,
+    /// Where the new build's sources are [default: where it was built]
+    #[arg(long, value_name = "DIR")]
+    new_source: Option<PathBuf>,
     /// Overrule a refusal, on your responsibility; recorded in the patch
     #[arg(long, value_name = "RULE[:SYMBOL]")]
     allow: Vec<String>,
     /// Report as JSON on standard output
     #[arg(long)]
     pub(super) json: bool,
+    /// Report as one web page, too
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
 }
 
 /// `patch-builder OLD NEW -o FIX.so`
@@ -91,6 +100,8 @@ impl Common {
             name,
             strict_locations: self.strict_locations,
             maps: (self.old_map, self.new_map),
+            detailed: self.html.is_some(),
+            sources: (self.old_source, self.new_source),
             allow: self.allow,
             hooks: self.hooks,
             after: self.after,
@@ -109,23 +120,23 @@ pub(super) fn main(args: BuildArgs) -> ExitCode {
         Err(code) => return code,
     };
     let stem = output.file_stem().map_or_else(|| "patch".into(), |s| s.to_string_lossy().into_owned());
-    let json = args.common.json;
-    build(&args.common.options(old, new, args.name.unwrap_or(stem)), Some(&output), json)
+    let (json, html) = (args.common.json, args.common.html.clone());
+    build(&args.common.options(old, new, args.name.unwrap_or(stem)), Some(&output), html.as_deref(), json)
 }
 
 /// Diffs and reports.
 pub(super) fn diff(args: DiffArgs) -> ExitCode {
-    let json = args.common.json;
+    let (json, html) = (args.common.json, args.common.html.clone());
     let (old, new) = match args.common.found(args.old, args.new) {
         Ok(both) => both,
         Err(code) => return code,
     };
     let options = args.common.options(old, new, "diff".into());
-    build(&Options { only_report: true, ..options }, None, json)
+    build(&Options { only_report: true, ..options }, None, html.as_deref(), json)
 }
 
 /// Runs the pipeline, says what came of it, and writes the patch where one is wanted.
-pub(super) fn build(options: &Options, output: Option<&Path>, json: bool) -> ExitCode {
+pub(super) fn build(options: &Options, output: Option<&Path>, html: Option<&Path>, json: bool) -> ExitCode {
     let outcome = match run(options) {
         Ok(outcome) => outcome,
         Err(e) => {
@@ -140,6 +151,12 @@ pub(super) fn build(options: &Options, output: Option<&Path>, json: bool) -> Exi
             return ExitCode::from(e.exit_code());
         }
     };
+    if let (Some(path), Some(detail)) = (html, &outcome.detail) {
+        if let Err(e) = write_whole(path, page(&outcome.report, detail).as_bytes()) {
+            eprintln!("patch-builder: {}: {e}", path.display());
+            return ExitCode::from(1);
+        }
+    }
     if json {
         say(&format!("{}\n", serde_json::to_string_pretty(&outcome.report).unwrap_or_default()));
     } else {

@@ -1,10 +1,23 @@
-//! What to say of a patch: puts the findings of every stage into the report.
+//! What to say of a patch: why each function is in it, what may go wrong, what was noise and what nobody looked at.
+
+mod code;
+mod detail;
+mod flow;
+mod functions;
+mod skipped;
+mod source;
+mod stays;
+mod values;
+mod warnings;
+mod why;
+
+use std::path::Path;
 
 use crate::build::demangle;
 use crate::diff::Diff;
 use crate::emit::Emitted;
 use crate::pairing::Pairing;
-use crate::report::{BuildInfo, DataInfo, FunctionInfo, NoiseInfo, Refusal, Report};
+use crate::report::{BuildInfo, DataInfo, Detail, NoiseInfo, Refusal, Report};
 use crate::select::{PieceKind, Selection};
 use crate::side::Side;
 
@@ -15,6 +28,12 @@ pub struct Both<'a, 'd> {
     pub old: &'a Side<'d>,
     /// The build with the change.
     pub new: &'a Side<'d>,
+    /// The bytes of their files.
+    pub bytes: (&'d [u8], &'d [u8]),
+    /// Folders of their sources, if not where the builds say.
+    pub sources: (Option<&'a Path>, Option<&'a Path>),
+    /// Whether listings and the call graph are wanted.
+    pub detailed: bool,
     /// Which old symbol is which new one.
     pub pairing: &'a Pairing,
     /// What differs.
@@ -27,7 +46,7 @@ fn hex(bytes: &[u8]) -> String {
     livepatch::patch::HexBytes(bytes.to_vec()).to_string()
 }
 
-/// The report.
+/// The report, and its detail if that is wanted.
 #[must_use]
 pub fn explain(
     both: &Both<'_, '_>,
@@ -35,51 +54,12 @@ pub fn explain(
     refusals: Vec<Refusal>,
     emitted: Option<&Emitted>,
     (types, type_notes): (String, Vec<String>),
-) -> Report {
+) -> (Report, Option<Detail>) {
     let Both { old, new, found, selection, .. } = *both;
-    let mut functions = Vec::new();
-    for c in selection.functions.values().filter(|c| !c.part) {
-        let func = new.build.func(c.new);
-        let base = FunctionInfo {
-            name: func.name().to_owned(),
-            demangled: demangle(func.name()),
-            aliases: func.names.iter().skip(1).map(|n| demangle(n.text)).collect(),
-            status: "new",
-            reason: c.reason.clone(),
-            old_addr: None,
-            old_size: None,
-            new_size: func.size,
-            entry_jump: false,
-            companions: crate::diff::companions(new, c.new)
-                .iter()
-                .map(|p| new.build.func(*p).name().to_owned())
-                .collect(),
-            source: found.lines.1.source(func.addr),
-        };
-        if c.olds.is_empty() {
-            functions.push(base);
-            continue;
-        }
-        for f in &c.olds {
-            let of = old.build.func(*f);
-            let plan = selection.entries.get(f);
-            let mut companions = base.companions.clone();
-            companions.extend(plan.into_iter().flat_map(|p| &p.parts).map(|p| old.build.func(*p).name().to_owned()));
-            companions.sort();
-            companions.dedup();
-            functions.push(FunctionInfo {
-                name: of.name().to_owned(),
-                demangled: demangle(of.name()),
-                aliases: of.names.iter().skip(1).map(|n| demangle(n.text)).collect(),
-                status: "changed",
-                old_addr: Some(format!("{:#x}", of.addr)),
-                old_size: Some(of.size),
-                entry_jump: plan.is_some_and(|p| p.at.is_some()),
-                companions,
-                ..base.clone()
-            });
-        }
-    }
+    let asker = why::Asker::new(both);
+    let functions = functions::functions(&asker);
+    let detail = both.detailed.then(|| detail::detail(&asker, &functions.iter().map(|(f, g, _)| (*f, *g)).collect()));
+    let may_never_leave = warnings::may_never_leave(both, &functions);
     let data = selection.pieces.iter().map(|p| {
         let kind = match p.kind {
             PieceKind::Static => "static",
@@ -93,28 +73,20 @@ pub fn explain(
         let function = demangle(old.build.func(*f).name());
         all.iter().map(move |n| NoiseInfo { function: function.clone(), rule: n.rule, detail: n.detail.clone() })
     });
-    let mut warnings = Vec::new();
-    for (lines, side) in [(&found.lines.0, old), (&found.lines.1, new)] {
-        if !lines.present {
-            warnings.push(format!(
-                "{} has no debug information: lines that moved count as changes (build with -g)",
-                side.build.path
-            ));
-        }
-    }
-    if emitted.is_some_and(|e| e.manifest.functions.iter().all(|f| f.old.as_ref().is_none_or(|o| o.entry.is_none()))) {
-        warnings.push("no entry gets a jump: nothing outside the patch calls what changed".into());
-    }
-    Report {
+    let warnings = warnings::warnings(both, &may_never_leave, emitted);
+    let report = Report {
         name: name.to_owned(),
         target: BuildInfo { build_id: hex(&old.build.build_id), path: old.build.path.clone() },
         new: BuildInfo { build_id: hex(&new.build.build_id), path: new.build.path.clone() },
-        functions,
+        functions: functions.into_iter().map(|(.., info)| info).collect(),
         data: data.collect(),
         noise: noise.collect(),
         refusals,
         warnings,
+        may_never_leave,
+        not_compared: skipped::not_compared(both, &types),
         types,
         type_notes,
-    }
+    };
+    (report, detail)
 }

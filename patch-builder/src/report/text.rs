@@ -1,10 +1,14 @@
 //! The report for a terminal.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use console::Style;
 
-use super::{Refusal, Report};
+use super::{FunctionInfo, NoiseInfo, Refusal, Report};
+
+/// So many cases of each kind of noise are shown.
+const NOISE_EXAMPLES: usize = 5;
 
 /// How wide the text may be, and whether it has colours.
 #[derive(Clone, Copy, Debug, Default)]
@@ -62,55 +66,104 @@ impl Look {
 }
 
 impl Report {
-    /// The report for a terminal.
+    /// The report for a terminal, what matters most first.
     #[must_use]
     pub fn text(&self, look: Look) -> String {
         let mut out = String::new();
         let changed = self.functions.iter().filter(|f| f.status == "changed").count();
-        let _ = writeln!(
-            out,
-            "{}: {changed} changed and {} new functions, {} bytes of code, {} bytes of data; types: {}",
-            look.strong(&self.name),
+        let head = format!(
+            "{changed} changed and {} new functions, {} bytes of code, {} bytes of data; types: {}",
             self.functions.len() - changed,
             self.functions.iter().map(|f| f.new_size).sum::<u64>(),
             self.data.iter().map(|d| d.size).sum::<u64>(),
             self.types
         );
+        let _ = writeln!(out, "{}: {}", look.strong(&self.name), look.wrap(self.name.len() + 2, &head));
+        for w in &self.warnings {
+            let _ = writeln!(out, "  {}: {}", look.caution("warning"), look.wrap(11, w));
+        }
         for f in &self.functions {
-            let sizes = f.old_size.map_or(String::new(), |old| format!("{old} -> "));
-            let jump = match (f.status, f.entry_jump) {
-                ("changed", false) => "  (no entry jump: only this patch calls it)",
-                _ => "",
-            };
-            let _ =
-                writeln!(out, "  {:7} {}  [{sizes}{} bytes]{jump}", f.status, look.strong(&f.demangled), f.new_size);
-            let at = f.source.as_ref().map_or(String::new(), |s| format!("{s}: "));
-            let _ = writeln!(out, "          {}", look.wrap(10, &format!("{at}{}", f.reason)));
+            f.write(&mut out, look);
         }
-        let statics: Vec<_> = self.data.iter().filter(|d| d.kind == "static").collect();
-        for d in statics {
+        for d in self.data.iter().filter(|d| d.kind == "static") {
             let _ = writeln!(out, "  static  {}  [{} bytes]", d.name, d.size);
-        }
-        if !self.noise.is_empty() {
-            let names: std::collections::BTreeSet<_> = self.noise.iter().map(|n| n.function.as_str()).collect();
-            let _ = writeln!(out, "  not patched, only lines moved: {} functions", names.len());
-            for n in &self.noise {
-                let _ = writeln!(out, "          {} ({}): {}", n.function, n.rule, n.detail);
-            }
         }
         for note in &self.type_notes {
             let _ = writeln!(out, "  types   {}", look.wrap(10, note));
         }
-        for w in &self.warnings {
-            let _ = writeln!(out, "  {}: {}", look.caution("warning"), look.wrap(11, w));
+        self.write_noise(&mut out, look);
+        if !self.not_compared.is_empty() {
+            let _ = writeln!(out, "  not compared:");
+            for n in &self.not_compared {
+                let more = if n.count > n.examples.len() as u64 { ", …" } else { "" };
+                let line = match n.what {
+                    "types" => n.text.clone(),
+                    _ => format!("{} ({}): {}{more}", n.text, n.count, n.examples.join(", ")),
+                };
+                let _ = writeln!(out, "    {}", look.wrap(4, &line));
+            }
         }
         out
+    }
+
+    /// What is not patched since only lines moved, by rule, with a few examples.
+    fn write_noise(&self, out: &mut String, look: Look) {
+        let mut rules: BTreeMap<&str, Vec<&NoiseInfo>> = BTreeMap::new();
+        self.noise.iter().for_each(|n| rules.entry(n.rule).or_default().push(n));
+        for (rule, all) in rules {
+            let functions: BTreeSet<&str> = all.iter().map(|n| n.function.as_str()).collect();
+            let many = if functions.len() == 1 { "function" } else { "functions" };
+            let _ = writeln!(out, "  not patched, noise of the rule {rule}: {} {many}", functions.len());
+            for n in all.iter().take(NOISE_EXAMPLES) {
+                let _ = writeln!(out, "    {}", look.wrap(4, &format!("{}: {}", n.function, n.detail)));
+            }
+            if all.len() > NOISE_EXAMPLES {
+                let _ = writeln!(out, "    … and {} more (--json lists all)", all.len() - NOISE_EXAMPLES);
+            }
+        }
     }
 
     /// The refusals for a terminal.
     #[must_use]
     pub fn refusal_text(&self, look: Look) -> String {
         self.refusals.iter().map(|r| r.text(look)).collect()
+    }
+}
+
+impl FunctionInfo {
+    fn write(&self, out: &mut String, look: Look) {
+        let sizes = self.old_size.map_or(String::new(), |old| format!("{old} -> "));
+        let name = look.strong(&self.demangled);
+        let _ = writeln!(out, "  {:7} {name}  [{sizes}{} bytes]", self.status, self.new_size);
+        let mut line = |text: &str| {
+            let _ = writeln!(out, "          {}", look.wrap(10, text));
+        };
+        let at = self.source.as_ref().map_or(String::new(), |s| format!("{s}: "));
+        line(&format!("{at}{}", self.reason));
+        if let Some(d) = &self.difference {
+            let at = d.at.as_ref().map_or(String::new(), |at| format!(" ({at})"));
+            line(&format!("first: `{}` is now `{}`{at}", d.old, d.new));
+        }
+        line(&self.entry);
+        for (what, list) in [("with", &self.companions), ("also known as", &self.aliases)] {
+            if !list.is_empty() {
+                line(&format!("{what} {}", list.join(", ")));
+            }
+        }
+        if let Some(hunk) = &self.hunk {
+            for l in hunk.lines() {
+                let styled = match l.as_bytes().first() {
+                    Some(b'+') => look.paint(Style::new().green(), l),
+                    Some(b'-') => look.paint(Style::new().red(), l),
+                    Some(b'@') => look.paint(Style::new().cyan(), l),
+                    _ => l.to_owned(),
+                };
+                let _ = writeln!(out, "          {styled}");
+            }
+        }
+        if let Some(note) = &self.hunk_note {
+            let _ = writeln!(out, "          {}", look.wrap(10, &format!("source: {note}")));
+        }
     }
 }
 

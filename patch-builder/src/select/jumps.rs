@@ -19,6 +19,8 @@ use crate::side::Side;
 pub struct EntryPlan {
     /// Where the jump goes; `None` if only the patch reaches the function.
     pub at: Option<u64>,
+    /// Who reaches it, other than by direct calls from replaced functions.
+    pub reached_by: Option<&'static str>,
     /// How many of its bytes lie in the padding behind the function.
     pub padding: u64,
     /// Whether the function branches back to its first instruction.
@@ -132,10 +134,19 @@ pub fn plan(
             );
         }
         let called_by_others = reach.callers.get(&f).into_iter().flatten().any(|h| !diff.changed.contains_key(h));
-        let needed = called_by_others || reach.by_address.contains(&f) || taken_by_patch.contains(&f);
-        let mut plan =
-            EntryPlan { branches_to_entry: lifted.branch_targets.contains(&0), parts, ..EntryPlan::default() };
-        if needed {
+        let reached_by = match () {
+            () if called_by_others => Some("unchanged code calls it"),
+            () if reach.by_address.contains(&f) => Some("its address is exported, stored or taken"),
+            () if taken_by_patch.contains(&f) => Some("the patch takes its address"),
+            () => None,
+        };
+        let mut plan = EntryPlan {
+            reached_by,
+            branches_to_entry: lifted.branch_targets.contains(&0),
+            parts,
+            ..EntryPlan::default()
+        };
+        if reached_by.is_some() {
             match window(old, f, &lifted.branch_targets) {
                 Ok((at, padding)) => (plan.at, plan.padding) = (Some(at), padding),
                 Err(why) => refuse(
