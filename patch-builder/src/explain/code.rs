@@ -169,8 +169,7 @@ fn is_plumbing(ins: &Instruction) -> bool {
     matches!(ins.flow_control(), FlowControl::UnconditionalBranch | FlowControl::Return)
         || matches!(
             ins.mnemonic(),
-            M::Push
-                | M::Pop
+            M::Pop
                 | M::Nop
                 | M::Endbr64
                 | M::Xchg
@@ -181,7 +180,7 @@ fn is_plumbing(ins: &Instruction) -> bool {
                 | M::Movdqa
                 | M::Movdqu
         )
-        || ins.mnemonic() == M::Mov && !has_immediate(ins)
+        || matches!(ins.mnemonic(), M::Mov | M::Push) && !has_immediate(ins)
         || matches!(ins.mnemonic(), M::Sub | M::Add | M::Lea)
             && ins.op0_kind() == OpKind::Register
             && ins.op0_register() == Register::RSP
@@ -189,12 +188,7 @@ fn is_plumbing(ins: &Instruction) -> bool {
 }
 
 fn has_immediate(ins: &Instruction) -> bool {
-    (0..ins.op_count()).any(|i| {
-        !matches!(
-            ins.op_kind(i),
-            OpKind::Register | OpKind::Memory | OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
-        )
-    })
+    (0..ins.op_count()).any(|i| ins.try_immediate(i).is_ok())
 }
 
 /// Mnemonic, numbers and names, without registers and stack offsets.
@@ -212,9 +206,11 @@ fn shape(ins: &Instruction, names: &Names) -> String {
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
                 out += names.immediate.as_deref().unwrap_or("?");
             }
-            _ => match &names.immediate {
-                Some(name) => out += name,
-                None => out += &format!("{:#x}", ins.immediate(i)),
+            // A string instruction's operands are no immediates.
+            _ => match (&names.immediate, ins.try_immediate(i)) {
+                (Some(name), _) => out += name,
+                (None, Ok(value)) => out += &format!("{value:#x}"),
+                (None, Err(_)) => out.push('m'),
             },
         }
     }

@@ -17,11 +17,11 @@ const MAX_LISTINGS: usize = 200;
 /// Functions of the patch in the graph.
 const MAX_CHANGED: usize = 24;
 /// Functions in the graph.
-const MAX_NODES: usize = 90;
+const MAX_NODES: usize = 60;
 /// Callers of one function in the graph.
-const MAX_CALLERS: usize = 6;
+const MAX_CALLERS: usize = 4;
 /// Calls from the outermost shown to what changed.
-const MAX_LAYERS: usize = 5;
+const MAX_LAYERS: usize = 4;
 
 /// The functions of the report: old and new.
 pub(super) type Pairs = Vec<(Option<FuncId>, FuncId)>;
@@ -62,7 +62,7 @@ fn rows(asker: &Asker<'_, '_>, (f, x): (FuncId, &[Ins]), (g, y): (FuncId, &[Ins]
     let meets: BTreeMap<u32, u32> = pairs.iter().filter_map(|(_, a, b)| Some((x[(*a)?].at, y[(*b)?].at))).collect();
     let (old_start, new_start) = (asker.both.old.build.func(f).addr, asker.both.new.build.func(g).addr);
     let (old_scope, new_scope) = (asker.scopes.0.at(old_start), asker.scopes.1.at(new_start));
-    let mut last: Option<(bool, SourceLine)> = None;
+    let mut last: Option<String> = None;
     let mut out = Vec::with_capacity(pairs.len());
     for (mut kind, a, b) in pairs {
         let (old, new) = (a.map(|i| &x[i]), b.map(|i| &y[i]));
@@ -76,8 +76,10 @@ fn rows(asker: &Asker<'_, '_>, (f, x): (FuncId, &[Ins]), (g, y): (FuncId, &[Ins]
             (None, Some(ins)) => old_scope.and_then(|s| s.line(old_start + u64::from(ins.at))).map(|l| (false, l)),
             _ => None,
         };
-        let source = line.filter(|l| last != Some(*l)).and_then(|(is_new, l)| source(asker, is_new, l));
-        last = line.or(last);
+        let source = line.and_then(|(is_new, l)| source(asker, is_new, l)).filter(|(at, _)| last.as_ref() != Some(at));
+        if let Some((at, _)) = &source {
+            last = Some(at.clone());
+        }
         out.push(Row { kind, old: old.map(shown), new: new.map(shown), source });
     }
     out
@@ -89,6 +91,18 @@ fn source(asker: &Asker<'_, '_>, is_new: bool, line: SourceLine) -> Option<(Stri
     // Of one path for both builds, the text is taken for that of the new one.
     let overwritten = !is_new && asker.scopes.1.files.iter().any(|f| f.path == file.path);
     Some((place(Some(file), line)?, asker.sources.line(is_new, file, line.line, overwritten)))
+}
+
+/// The callers of an old function, with the whole function in place of its cold part.
+fn callers(both: &Both<'_, '_>, f: FuncId) -> Vec<FuncId> {
+    let build = &both.old.build;
+    let whole = |c: FuncId| {
+        let parent = build.func(c).cold_parent()?;
+        both.old.callers(c).iter().copied().find(|p| build.func(*p).names.iter().any(|n| n.text == parent))
+    };
+    let all: BTreeSet<FuncId> =
+        both.old.callers(f).iter().map(|c| whole(*c).unwrap_or(*c)).filter(|c| *c != f).collect();
+    all.into_iter().collect()
 }
 
 fn graph(both: &Both<'_, '_>, pairs: &Pairs) -> Graph {
@@ -117,11 +131,13 @@ fn graph(both: &Both<'_, '_>, pairs: &Pairs) -> Graph {
         let mut next = Vec::new();
         for f in std::mem::take(&mut open) {
             let to = index[&(false, f)];
-            if layer > 1 && matches!(out.nodes[to].kind, NodeKind::Main | NodeKind::Thread) {
+            // What is called by its address is a way in: nobody goes on from there.
+            let entered = matches!(out.nodes[to].kind, NodeKind::Main | NodeKind::Thread) || out.nodes[to].pointed;
+            if layer > 1 && entered {
                 continue;
             }
             let mut added = 0;
-            for caller in both.old.callers(f).iter().copied().filter(|c| *c != f) {
+            for caller in callers(both, f) {
                 if let Some(&from) = index.get(&(false, caller)) {
                     edges.insert((from, to));
                     continue;

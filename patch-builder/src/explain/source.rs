@@ -177,7 +177,7 @@ pub(super) fn hunk(old: (&[String], usize), new: (&[String], usize)) -> Option<S
 /// Lines of the new text around those that are marked.
 pub(super) fn excerpt(text: &[String], marked: &[u32]) -> Option<String> {
     let mut shown: Vec<usize> =
-        marked.iter().take(12).flat_map(|l| (*l as usize).saturating_sub(1)..=*l as usize + 1).collect();
+        marked.iter().take(6).flat_map(|l| (*l as usize).saturating_sub(1)..=*l as usize + 1).collect();
     shown.sort_unstable();
     shown.dedup();
     let mut out: Vec<String> = Vec::new();

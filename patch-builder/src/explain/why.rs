@@ -123,14 +123,15 @@ impl<'a, 'd> Asker<'a, 'd> {
         let references = self.references(a, b, &x, &y, &ops);
         let frames = frames(a, b, &x, &y);
         let same_text = self.blame(&frames, (a, b), &mut out);
-        // One that differs in more than registers, if there is one.
-        let telling = pairs.iter().find(|(i, j)| x[*i].shape != y[*j].shape).or(pairs.first());
+        // One that differs in more than registers and stack slots.
+        let telling = pairs.iter().find(|(i, j)| x[*i].shape != y[*j].shape && !x[*i].plumbing);
         out.difference = telling.map(|(i, j)| Difference {
             old: x[*i].text.clone(),
             new: y[*j].text.clone(),
             at: b.line(&y[*j]).and_then(|l| b.place(l)),
         });
-        self.source_lines((a, b), &y, &ops, &mut out);
+        let differing: Vec<&Ins> = added(&ops, &y, &surplus(&frames));
+        self.source_lines((a, b), &differing, &mut out);
         let explained = !references.is_empty();
         out.why.extend(references);
         if !out.why.iter().any(|w| matches!(w, Why::Source { .. })) {
@@ -298,7 +299,7 @@ impl<'a, 'd> Asker<'a, 'd> {
     }
 
     /// The hunk, or what there is of it.
-    fn source_lines(&self, (a, b): (Version<'a, 'd>, Version<'a, 'd>), y: &[Ins], ops: &[DiffOp], out: &mut Answer) {
+    fn source_lines(&self, (a, b): (Version<'a, 'd>, Version<'a, 'd>), differing: &[&Ins], out: &mut Answer) {
         let mut declared = vec![[a.scope.and_then(|s| s.declared), b.scope.and_then(|s| s.declared)]];
         // The hunk of an inlined function says more than the unchanged text of this one.
         for why in &out.why {
@@ -333,12 +334,9 @@ impl<'a, 'd> Asker<'a, 'd> {
             Texts::None(why) => out.hunk_note = Some(why),
             Texts::New(text) => {
                 let own_file = declared[0][1].map(|l| l.file);
-                let mut lines: Vec<u32> = ops
+                let mut lines: Vec<u32> = differing
                     .iter()
-                    .filter(|op| !matches!(op, DiffOp::Equal { .. }))
-                    .flat_map(|op| op.new_range())
-                    .filter(|i| !y[*i].plumbing)
-                    .filter_map(|i| b.line(&y[i]).filter(|l| Some(l.file) == own_file).map(|l| l.line))
+                    .filter_map(|i| b.line(i).filter(|l| Some(l.file) == own_file).map(|l| l.line))
                     .collect();
                 lines.sort_unstable();
                 lines.dedup();
@@ -396,6 +394,20 @@ fn numbers_of<'x>(
         })
         .collect();
     found.into_iter().take(4)
+}
+
+/// The instructions that the new version has more of, in the function itself or in one that is inlined there.
+fn surplus(frames: &Frames) -> BTreeSet<&str> {
+    frames.values().flat_map(|f| &f.shapes).filter(|(_, n)| **n > 0).map(|(shape, _)| shape.as_str()).collect()
+}
+
+/// Instructions of the new version that are not in the old one: by alignment, and by count.
+fn added<'y>(ops: &[DiffOp], y: &'y [Ins], surplus: &BTreeSet<&str>) -> Vec<&'y Ins> {
+    ops.iter()
+        .filter(|op| !matches!(op, DiffOp::Equal { .. }))
+        .flat_map(|op| &y[op.new_range()])
+        .filter(|i| !i.plumbing && surplus.contains(i.shape.as_str()))
+        .collect()
 }
 
 /// Whether a function came with the compiler: what differs there differs by what is asked of it.

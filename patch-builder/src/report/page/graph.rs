@@ -108,7 +108,7 @@ fn drawing(graph: &Graph) -> Markup {
                         @if node.kind == NodeKind::Thread { "thread: " }
                         (clipped(&node.name, if node.kind == NodeKind::Thread { MAX_NAME - 8 } else { MAX_NAME })) @if node.pointed { "*" }
                     }
-                    @if node.more > 0 { text.more x=(x(i)) y=(y(i) + BOX.1 + 10) { "and " (node.more) " more callers" } }
+                    @if node.more > 0 { text.more x=(x(i)) y=(y(i) + BOX.1 + 10) { "and " (node.more) " more" } }
                 }
             }
         }

@@ -47,7 +47,7 @@ pub fn page(report: &Report, detail: &Detail) -> String {
                         (figure(report.functions.iter().map(|f| f.new_size as usize).sum(), "bytes of code"))
                         (figure(report.data.iter().map(|d| d.size as usize).sum(), "bytes of data"))
                         (figure(report.warnings.len(), "warnings"))
-                        li { b { (report.types) } " types" }
+                        li { "types: " b { (report.types) } }
                     }
                     (navigation(report, detail))
                 }
@@ -228,7 +228,13 @@ fn not_compared(report: &Report) -> Markup {
             h2 { "Not compared" }
             ul {
                 @for n in &report.not_compared {
-                    li { (n.text) " (" (n.count) ")" ul { @for e in &n.examples { li { code { (e) } } } @if n.count > n.examples.len() as u64 { li { "…" } } } }
+                    li {
+                        (n.text)
+                        @if n.what != "types" {
+                            " (" (n.count) ")"
+                            ul { @for e in &n.examples { li { code { (e) } } } @if n.count > n.examples.len() as u64 { li { "…" } } }
+                        }
+                    }
                 }
             }
         }
