@@ -138,8 +138,8 @@ impl Scopes {
 impl Scope {
     fn rebase(&mut self, base: u32) {
         let inlined = self.inlined.iter_mut().flat_map(|i| [&mut i.declared, &mut i.called]).flatten();
-        self.declared.iter_mut().chain(inlined).for_each(|l| l.file += base);
-        self.rows.iter_mut().for_each(|(_, l)| l.file += base);
+        self.declared.iter_mut().chain(inlined).for_each(|l| l.file = l.file.saturating_add(base));
+        self.rows.iter_mut().for_each(|(_, l)| l.file = l.file.saturating_add(base));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::why::{Answer, Asker};
+use super::why::{Answer, Asker, MAX_EXPLAINED};
 use super::Both;
 use crate::build::{demangle, FuncId};
 use crate::diff::companions;
@@ -13,13 +13,17 @@ use crate::select::Carried;
 pub(super) fn functions(asker: &Asker<'_, '_>) -> Vec<(Option<FuncId>, FuncId, FunctionInfo)> {
     let both = asker.both;
     let mut out = Vec::new();
-    for c in both.selection.functions.values().filter(|c| !c.part) {
+    for (i, c) in both.selection.functions.values().enumerate().filter(|(_, c)| !c.part) {
         let base = base(both, c);
         if c.olds.is_empty() {
             out.push((None, c.new, with_answer(base, asker.new_function(c.new), &c.reason)));
             continue;
         }
         for f in &c.olds {
+            if i >= MAX_EXPLAINED {
+                out.push((Some(*f), c.new, with_answer(replaced(both, *f, &base), Answer::default(), &c.reason)));
+                continue;
+            }
             let mut answer = asker.changed(*f, c.new);
             let vague = |w: &Why| matches!(w, Why::CodeGeneration { .. } | Why::Unknown { .. });
             let better = match both.found.changed.get(f).map(String::as_str) {

@@ -69,7 +69,7 @@ fn unnamed_data(both: &Both<'_, '_>) -> Vec<String> {
         let from = build.objects.partition_point(|o| o.addr < s.addr);
         let (mut covered, mut at) = (0, s.addr);
         for o in build.objects[from..].iter().take_while(|o| o.addr < end) {
-            let to = (o.addr + o.size).min(end);
+            let to = o.addr.saturating_add(o.size).min(end);
             covered += to.saturating_sub(o.addr.max(at));
             at = at.max(to);
         }

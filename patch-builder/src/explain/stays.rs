@@ -128,6 +128,8 @@ pub(super) struct Stays<'a, 'd> {
     flows: RefCell<HashMap<FuncId, Rc<Flow>>>,
     /// Functions that cannot return without having waited, as far as it was asked.
     waiters: RefCell<HashMap<FuncId, Option<(Wait, String)>>>,
+    /// The loops in which functions may stay, as far as it was asked.
+    loops: RefCell<HashMap<FuncId, Option<Verdict>>>,
 }
 
 /// How many calls deep a wait is looked for.
@@ -137,8 +139,8 @@ const MAX_REACHED: usize = 300;
 
 impl<'a, 'd> Stays<'a, 'd> {
     pub(super) fn new(side: &'a Side<'d>) -> Self {
-        let (flows, waiters) = (RefCell::default(), RefCell::default());
-        let mut out = Self { side, roots: BTreeMap::new(), pointed: BTreeSet::new(), flows, waiters };
+        let (flows, waiters, loops) = (RefCell::default(), RefCell::default(), RefCell::default());
+        let mut out = Self { side, roots: BTreeMap::new(), pointed: BTreeSet::new(), flows, waiters, loops };
         out.find_pointed();
         out.find_roots();
         out
@@ -334,6 +336,15 @@ impl<'a, 'd> Stays<'a, 'd> {
 
     /// The loop in which a function may stay, if it has one.
     fn own_loop(&self, id: FuncId) -> Option<Verdict> {
+        if let Some(known) = self.loops.borrow().get(&id) {
+            return known.clone();
+        }
+        let found = self.find_loop(id);
+        self.loops.borrow_mut().insert(id, found.clone());
+        found
+    }
+
+    fn find_loop(&self, id: FuncId) -> Option<Verdict> {
         let flow = self.flow(id);
         let rooted = self.only_from_roots(id, 0);
         for l in &flow.loops {

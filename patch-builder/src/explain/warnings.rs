@@ -1,6 +1,7 @@
 //! What the user should know before applying.
 
 use super::stays::Stays;
+use super::why::MAX_EXPLAINED;
 use super::Both;
 use crate::build::{demangle, FuncId};
 use crate::emit::Emitted;
@@ -19,12 +20,12 @@ pub(super) fn may_never_leave(
     }
     let stays = Stays::new(both.old);
     let mut out = Vec::new();
-    for (f, _, info) in functions {
+    let real: Vec<FuncId> = functions.iter().filter(|(_, _, i)| is_real(i)).filter_map(|(f, ..)| *f).collect();
+    for (f, _, info) in functions.iter().take(MAX_EXPLAINED) {
         let Some(verdict) = f.and_then(|f| stays.verdict(f)) else { continue };
         let name = |id: FuncId| demangle(both.old.build.func(id).name());
         let calls = f.map_or_else(Vec::new, |f| stays.calls(f));
         let own = info.why.iter().any(|w| matches!(w, Why::Source { .. }));
-        let real: Vec<FuncId> = functions.iter().filter(|(_, _, i)| is_real(i)).filter_map(|(f, ..)| *f).collect();
         let changed: Vec<String> = calls.iter().filter(|c| real.contains(c)).map(|c| name(*c)).collect();
         let inlined: Vec<String> = info
             .why

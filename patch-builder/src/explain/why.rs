@@ -18,8 +18,10 @@ use crate::lift::{Access, Ref, Target};
 use crate::report::{Difference, Evidence, Why};
 use crate::side::Side;
 
-/// Instructions beyond this many are not aligned: of a larger function only references are compared.
-const MAX_ALIGNED: usize = 60_000;
+/// So many functions get reasons of their own; a patch of more is read by nobody.
+pub(super) const MAX_EXPLAINED: usize = 1000;
+/// Two versions are aligned if the product of their lengths is below this; else one stands for the other as a whole.
+const MAX_ALIGNED: usize = 100_000_000;
 
 /// What is said of one function.
 #[derive(Default)]
@@ -97,7 +99,7 @@ impl<'a, 'd> Asker<'a, 'd> {
     /// Reads what is needed of the DWARF of both builds.
     pub(super) fn new(both: &'a Both<'a, 'd>) -> Self {
         let range = |side: &Side<'_>, id: FuncId| (side.build.func(id).addr, side.build.func(id).size);
-        let carried = || both.selection.functions.values();
+        let carried = || both.selection.functions.values().take(MAX_EXPLAINED);
         let olds: Vec<_> = carried().flat_map(|c| &c.olds).map(|f| range(both.old, *f)).collect();
         let news: Vec<_> = carried().map(|c| range(both.new, c.new)).collect();
         let scopes = rayon::join(|| Scopes::load(both.bytes.0, &olds), || Scopes::load(both.bytes.1, &news));
@@ -118,7 +120,7 @@ impl<'a, 'd> Asker<'a, 'd> {
         let (a, b) = (Version::of(both.old, f, &self.scopes.0), Version::of(both.new, g, &self.scopes.1));
         let mut out = Answer::default();
         let (x, y) = (instructions(both.old, f), instructions(both.new, g));
-        let ops = if x.len().max(y.len()) > MAX_ALIGNED { Vec::new() } else { align(&x, &y) };
+        let ops = align(&x, &y);
         let pairs = replaced(&ops, &x, &y);
         let references = self.references(a, b, &x, &y, &ops);
         let frames = frames(a, b, &x, &y);
@@ -361,6 +363,9 @@ fn symbol(name: &str) -> String {
 
 /// Aligns two versions by what their instructions mean.
 pub(super) fn align(x: &[Ins], y: &[Ins]) -> Vec<DiffOp> {
+    if x.len().saturating_mul(y.len()) > MAX_ALIGNED {
+        return vec![DiffOp::Replace { old_index: 0, old_len: x.len(), new_index: 0, new_len: y.len() }];
+    }
     let key = |list: &[Ins]| list.iter().map(|i| i.text.clone()).collect::<Vec<_>>();
     capture_diff_slices(Algorithm::Myers, &key(x), &key(y))
 }

@@ -46,7 +46,7 @@ pub fn page(report: &Report, detail: &Detail) -> String {
                         (figure(changed, "changed")) (figure(report.functions.len() - changed, "new"))
                         (figure(report.functions.iter().map(|f| f.new_size as usize).sum(), "bytes of code"))
                         (figure(report.data.iter().map(|d| d.size as usize).sum(), "bytes of data"))
-                        (figure(report.warnings.len(), "warnings"))
+                        (figure(report.warnings.len(), if report.warnings.len() == 1 { "warning" } else { "warnings" }))
                         li { "types: " b { (report.types) } }
                     }
                     (navigation(report, detail))
