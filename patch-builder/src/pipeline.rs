@@ -210,6 +210,7 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
         pairing: &pairing,
         found: &found,
         selection: &selection,
+        layouts: &contract.layouts_used,
     };
     let (report, detail) = explain(&both, &options.name, refusals, emitted.as_ref(), (types, contract.notes));
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);

@@ -116,3 +116,19 @@ fn what_calls_a_wait_without_staying_is_not_warned_of() {
         assert!(report.may_never_leave.is_empty(), "{name}: {:?}", report.may_never_leave);
     }
 }
+
+#[test]
+fn a_changed_layout_is_named() {
+    let with = |members: &str| {
+        SERVER
+            .replace("long total;", &format!("struct order {{ {members} long qty; }};\nlong total;"))
+            .replace("OUT int sum(int n)\n{", "OUT long qty(struct order *o)\n{\n    return o->qty;\n}\nOUT int sum(int n)\n{\n    struct order o = { .qty = n };\n    total += qty(&o);")
+    };
+    let folder = Folder::new("layout");
+    let (old, new) =
+        (folder.build("old", &with("long id;"), &["-g"]), folder.build("new", &with("long id; long fee;"), &["-g"]));
+    let report = report(&old, &new);
+    let f = function(&report, "qty");
+    assert!(f.why.iter().any(|w| matches!(w, Why::Layout { name } if name.contains("order"))), "{:?}", f.why);
+    assert!(f.reason.contains("layout of"), "{}", f.reason);
+}

@@ -41,6 +41,13 @@ pub fn check(guard: &mut Guard<'_, '_>) {
         || Types::read(new_path, new_bytes, Depth::Bodies),
     );
     let selection = guard.inputs.selection;
+    for c in selection.functions.values() {
+        let at = guard.inputs.new.build.func(c.new).addr;
+        let used = mentioned(&new_bodies, at, &names, old);
+        if !used.is_empty() {
+            guard.out.layouts_used.insert(c.new, used);
+        }
+    }
     let replaced: BTreeSet<u32> = selection.functions.values().flat_map(|c| c.olds.iter().copied()).collect();
     let parts = selection.entries.values().flat_map(|e| e.parts.iter().copied());
     let entered: BTreeSet<u32> = selection.entries.iter().filter(|(_, e)| e.at.is_some()).map(|(f, _)| *f).collect();
@@ -72,6 +79,34 @@ pub fn check(guard: &mut Guard<'_, '_>) {
             None => guard.out.notes.push(format!("{} changes, and lives in calls of the patch only", bare(name))),
         }
     }
+}
+
+/// The type behind pointers and arrays.
+fn named_by(types: &Types, mut ty: TyId) -> Option<NameId> {
+    for _ in 0..8 {
+        match types.ty(ty) {
+            Ty::Pointer(_, to) | Ty::Array(to, _) => ty = *to,
+            Ty::Named(name) => return Some(*name),
+            _ => return None,
+        }
+    }
+    None
+}
+
+/// The changed types that the function at `addr` mentions.
+fn mentioned(bodies: &Types, addr: u64, changed: &HashSet<NameId>, old: &Types) -> Vec<String> {
+    let named: HashSet<&str> = changed.iter().map(|n| old.name(*n)).collect();
+    let mentions = bodies.function_at(addr).map_or(&[][..], |f| &f.mentions);
+    let mut out: Vec<String> = mentions
+        .iter()
+        .filter_map(|m| named_by(bodies, m.ty))
+        .map(|n| bodies.name(n))
+        .filter(|n| named.contains(n))
+        .map(|n| bare(n).to_owned())
+        .collect();
+    out.sort();
+    out.dedup();
+    out
 }
 
 /// Every definition of both builds that differs.

@@ -16,7 +16,7 @@ mod vtable;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-use crate::build::demangle;
+use crate::build::{demangle, FuncId};
 use crate::diff::Diff;
 use crate::pairing::Pairing;
 use crate::report::Refusal;
@@ -52,6 +52,8 @@ pub struct Contract {
     pub refusals: Vec<Refusal>,
     /// What differs and does no harm.
     pub notes: Vec<String>,
+    /// Types with another layout that functions of the patch mention, by the function's id in the new build.
+    pub layouts_used: BTreeMap<FuncId, Vec<String>>,
     /// How many types were compared.
     pub compared_types: usize,
     /// How many signatures were compared.

@@ -11,9 +11,10 @@ mod values;
 mod warnings;
 mod why;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::build::demangle;
+use crate::build::{demangle, FuncId};
 use crate::diff::Diff;
 use crate::emit::Emitted;
 use crate::pairing::Pairing;
@@ -40,6 +41,8 @@ pub struct Both<'a, 'd> {
     pub found: &'a Diff,
     /// What the patch carries.
     pub selection: &'a Selection,
+    /// Types with another layout that functions of the patch use, by new id.
+    pub layouts: &'a BTreeMap<FuncId, Vec<String>>,
 }
 
 fn hex(bytes: &[u8]) -> String {

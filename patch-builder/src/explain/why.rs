@@ -20,6 +20,8 @@ use crate::side::Side;
 
 /// So many functions get reasons of their own; a patch of more is read by nobody.
 pub(super) const MAX_EXPLAINED: usize = 1000;
+/// So many types are named as a reason.
+const MAX_LAYOUTS: usize = 4;
 /// Two versions are aligned if the product of their lengths is below this; else one stands for the other as a whole.
 const MAX_ALIGNED: usize = 100_000_000;
 
@@ -134,9 +136,21 @@ impl<'a, 'd> Asker<'a, 'd> {
         });
         let differing: Vec<&Ins> = added(&ops, &y, &surplus(&frames));
         self.source_lines((a, b), &differing, &mut out);
+        let layouts = both.layouts.get(&g).map_or(&[][..], Vec::as_slice);
+        if !layouts.is_empty() {
+            // Other offsets look like another source.
+            let by_code = |w: &Why| {
+                matches!(
+                    w,
+                    Why::Source { evidence: Evidence::Code, .. } | Why::Inlined { evidence: Evidence::Code, .. }
+                )
+            };
+            out.why.retain(|w| !by_code(w));
+            out.why.extend(layouts.iter().take(MAX_LAYOUTS).map(|name| Why::Layout { name: name.clone() }));
+        }
         let explained = !references.is_empty();
         out.why.extend(references);
-        if !out.why.iter().any(|w| matches!(w, Why::Source { .. })) {
+        if !out.why.iter().any(|w| matches!(w, Why::Source { .. } | Why::Layout { .. })) {
             out.why.extend(numbers_of(&pairs, &x, &y, b));
         }
         if out.why.is_empty() && !explained {
