@@ -134,6 +134,9 @@ pub fn companions(side: &Side<'_>, f: FuncId) -> Vec<FuncId> {
     let mut out: BTreeSet<FuncId> = BTreeSet::new();
     for r in &side.lifted[f as usize].refs {
         if let Target::Func(c, _) = r.target {
+            if !side.is_cold(c) {
+                continue;
+            }
             let cold = side.build.func(c).cold_parent();
             if cold.is_some_and(|name| parent.names.iter().any(|n| n.text == name)) {
                 out.insert(c);

@@ -79,15 +79,8 @@ impl<'d> Guard<'_, 'd> {
         if o.name().starts_with("_ZTV") || o.name().starts_with("_ZTI") || build.exported.contains(&o.addr) {
             return false;
         }
-        let pointed_at = build.dynamic.iter().any(|(at, r)| match r.kind {
-            DynKind::Relative(to) => inside(to) && !inside(*at),
-            _ => false,
-        });
-        let named = build.relocs.iter().filter(|r| r.kind == 1 && !inside(r.at)).any(|r| {
-            let to = build.rel_sym(r).value.wrapping_add_signed(r.addend);
-            inside(to)
-        });
-        !pointed_at && !named
+        let pointers = self.old.pointers_to(o.addr, o.addr.saturating_add(o.size));
+        !pointers.iter().any(|p| !p.by_name && !inside(p.at))
     }
 
     fn thread_locals(&mut self) {
@@ -167,15 +160,7 @@ impl<'d> Guard<'_, 'd> {
             let refs = &self.old.lifted[*caller as usize].refs;
             refs.iter().any(|r| r.target == Target::Func(id, 0) && Side::takes_address(r.access))
         });
-        let in_data = |r: &DynKind<'_>| match r {
-            DynKind::Relative(to) => *to == at,
-            DynKind::Own(to, addend) => to.wrapping_add_signed(*addend) == at,
-            _ => false,
-        };
-        in_code
-            || build.exported.contains(&at)
-            || build.dynamic.values().any(|r| in_data(&r.kind))
-            || build.relocs.iter().any(|r| r.kind == 1 && build.rel_sym(r).value.wrapping_add_signed(r.addend) == at)
+        in_code || build.exported.contains(&at) || !self.old.pointers_to(at, at + 1).is_empty()
     }
 
     fn folded(&mut self) {

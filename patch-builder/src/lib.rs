@@ -16,6 +16,7 @@ pub mod build;
 pub mod cargo;
 pub mod cli;
 pub mod compare;
+pub mod cost;
 pub mod diff;
 pub mod emit;
 pub mod explain;
@@ -33,4 +34,4 @@ pub mod types;
 pub mod verify;
 pub mod wrap;
 
-pub use pipeline::{run, run_with, Error, Options, Outcome};
+pub use pipeline::{run, run_metered, run_with, Error, Options, Outcome};

@@ -127,6 +127,7 @@ fn lift<'d>(build: &Build<'d>, id: FuncId) -> Lifted<'d> {
         build,
         start: f.addr,
         end: f.addr + f.size,
+        relocs: build.relocs_in(f.addr, f.size),
         pending_tls: Vec::new(),
         out: Lifted { masked: code.to_vec(), ..Lifted::default() },
     };
@@ -151,16 +152,38 @@ fn lift<'d>(build: &Build<'d>, id: FuncId) -> Lifted<'d> {
     lifter.out
 }
 
+/// Which relocations of an instruction an operand explains. There is rarely more than one.
+struct Explained(u64);
+
+impl Explained {
+    fn set(&mut self, index: Option<usize>) {
+        self.0 |= index.and_then(|i| 1u64.checked_shl(i as u32)).unwrap_or(0);
+    }
+
+    fn has(&self, index: usize) -> bool {
+        1u64.checked_shl(index as u32).is_some_and(|bit| self.0 & bit != 0)
+    }
+}
+
 struct Lifter<'a, 'd> {
     build: &'a Build<'d>,
     start: u64,
     end: u64,
+    /// The function's relocations that lie behind the instructions seen so far.
+    relocs: &'a [Reloc],
     /// Places at which a relaxed general-dynamic access keeps its thread-pointer offset.
     pending_tls: Vec<(u64, u32)>,
     out: Lifted<'d>,
 }
 
-impl<'d> Lifter<'_, 'd> {
+impl<'a, 'd> Lifter<'a, 'd> {
+    /// The relocations of the next instruction, which ends at `end`.
+    fn take_relocs(&mut self, end: u64) -> &'a [Reloc] {
+        let (here, rest) = self.relocs.split_at(self.relocs.iter().take_while(|r| r.at < end).count());
+        self.relocs = rest;
+        here
+    }
+
     fn fail(&mut self, why: String) {
         self.out.unexplained.get_or_insert(why);
     }
@@ -189,8 +212,8 @@ impl<'d> Lifter<'_, 'd> {
     }
 
     fn instruction(&mut self, ins: &Instruction, offsets: &ConstantOffsets) {
-        let relocs = self.build.relocs_in(ins.ip(), ins.len() as u64);
-        let mut explained = vec![false; relocs.len()];
+        let relocs = self.take_relocs(ins.next_ip());
+        let mut explained = Explained(0);
         let at_field = |place: usize| relocs.iter().position(|r| r.at == ins.ip() + place as u64);
 
         if let OpKind::NearBranch64 = ins.op0_kind() {
@@ -208,7 +231,7 @@ impl<'d> Lifter<'_, 'd> {
             } else {
                 self.fail("a 16-bit branch".into());
             }
-            explained.fill(true);
+            explained = Explained(u64::MAX);
         }
         if is_thread_pointer(ins) {
             // What linkers make of a call of __tls_get_addr: what belongs to it has no field of its own.
@@ -219,9 +242,7 @@ impl<'d> Lifter<'_, 'd> {
             let to = ins.ip_rel_memory_address();
             let place = offsets.displacement_offset();
             let index = at_field(place);
-            if let Some(i) = index {
-                explained[i] = true;
-            }
+            explained.set(index);
             let target = self.rip_target(to, index.map(|i| &relocs[i]));
             let (field, access) = (Field::Rel32, access_of(ins));
             if let Target::Func(id, offset) = target {
@@ -247,7 +268,7 @@ impl<'d> Lifter<'_, 'd> {
             let (place, width) = (offsets.immediate_offset(), offsets.immediate_size());
             self.constant(ins, place, width, relocs, &mut explained, false);
         }
-        for (reloc, _) in relocs.iter().zip(&explained).filter(|(_, done)| !**done) {
+        for (_, reloc) in relocs.iter().enumerate().filter(|(i, _)| !explained.has(*i)) {
             self.leftover(ins, reloc);
         }
     }
@@ -259,7 +280,7 @@ impl<'d> Lifter<'_, 'd> {
         place: usize,
         width: usize,
         relocs: &[Reloc],
-        explained: &mut [bool],
+        explained: &mut Explained,
         displacement: bool,
     ) {
         let at = ins.ip() + place as u64;
@@ -270,9 +291,7 @@ impl<'d> Lifter<'_, 'd> {
         };
         let pending = self.pending_tls.iter().position(|(p, _)| *p == at).map(|i| self.pending_tls.swap_remove(i).1);
         let index = relocs.iter().position(|r| r.at == at);
-        if let Some(i) = index {
-            explained[i] = true;
-        }
+        explained.set(index);
         let Some(value) = value else {
             if index.is_some() {
                 self.fail(format!("a relocation on a {width}-byte field at {at:#x}"));
@@ -328,11 +347,8 @@ impl<'d> Lifter<'_, 'd> {
                 Target::Tls(id, in_segment.wrapping_sub(self.build.tls[id as usize].addr.cast_signed()))
             }
             // Named through its section: find the variable by its place.
-            _ => match self.build.tls.iter().position(|t| {
-                let offset = in_segment.wrapping_sub(t.addr.cast_signed());
-                offset >= 0 && offset.cast_unsigned() < t.size.max(1)
-            }) {
-                Some(id) => Target::Tls(id as u32, in_segment.wrapping_sub(self.build.tls[id].addr.cast_signed())),
+            _ => match self.build.tls_at(in_segment.cast_unsigned()) {
+                Some((id, offset)) => Target::Tls(id, offset),
                 None => return self.fail(format!("a thread-local access at {:#x} to no variable", ins.ip())),
             },
         };

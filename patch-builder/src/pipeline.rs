@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use livepatch::patch::PatchFile;
-use memmap2::Mmap;
 
 use crate::abi::{self, Contract};
-use crate::build::{Build, BuildError, Relocatable};
+use crate::build::{Build, BuildError, FileBytes, Relocatable};
+use crate::cost::{Cost, Meter};
 use crate::diff::{diff, Diff, DiffOptions};
 use crate::emit::{emit, About};
 use crate::explain::{explain, Both};
@@ -51,6 +51,8 @@ pub struct Outcome {
     pub detail: Option<Detail>,
     /// The patch; `None` if refused, if nothing differs, or if not asked for.
     pub patch: Option<Vec<u8>>,
+    /// What it took to find out.
+    pub cost: Cost,
 }
 
 /// Why there is not even a report.
@@ -97,26 +99,8 @@ impl Error {
     }
 }
 
-fn map(path: &Path) -> Result<Mmap, Error> {
-    let input = |e| Error::Input(path.to_owned(), BuildError::Io(e));
-    let file = std::fs::File::open(path).map_err(input)?;
-    private_copy(&file).map_err(input)
-}
-
-/// Reads the file into memory that nobody else can change.
-fn private_copy(file: &std::fs::File) -> std::io::Result<Mmap> {
-    use std::io::Read as _;
-    let len = usize::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?;
-    let mut map = memmap2::MmapMut::map_anon(len.max(1))?;
-    let mut rest = &mut map[..len];
-    let mut reader = file;
-    while !rest.is_empty() {
-        match reader.read(rest)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            n => rest = &mut rest[n..],
-        }
-    }
-    map.make_read_only()
+fn read(path: &Path) -> Result<FileBytes, Error> {
+    FileBytes::read(path).map_err(|e| Error::Input(path.to_owned(), BuildError::Io(e)))
 }
 
 /// Diffs the two builds.
@@ -125,7 +109,16 @@ fn private_copy(file: &std::fs::File) -> std::io::Result<Mmap> {
 ///
 /// Unreadable or unusable files, and builds that do not differ.
 pub fn run(options: &Options) -> Result<Outcome, Error> {
-    run_with(options, &|_, _| {})
+    run_all(options, Meter::new(&|_| ()), &|_, _| {})
+}
+
+/// The same, with a meter that may tell somebody what is under way.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_metered(options: &Options, meter: Meter<'_>) -> Result<Outcome, Error> {
+    run_all(options, meter, &|_, _| {})
 }
 
 /// Gets the bytes of a patch, and what checks such bytes.
@@ -138,42 +131,51 @@ pub type Examine<'a> = dyn Fn(&[u8], &dyn Fn(&[u8]) -> Result<(), VerifyError>) 
 /// As [`run`].
 #[doc(hidden)]
 pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Error> {
-    let (old_bytes, new_bytes) = (map(&options.old)?, map(&options.new)?);
-    let read = |path: &Path, bytes, given: Option<&Path>| {
+    run_all(options, Meter::new(&|_| ()), examine)
+}
+
+fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Result<Outcome, Error> {
+    let (old_bytes, new_bytes) = meter.phase("read", || rayon::join(|| read(&options.old), || read(&options.new)));
+    let (old_bytes, new_bytes) = (old_bytes?, new_bytes?);
+    meter.cost.input_bytes = (old_bytes.len() + new_bytes.len()) as u64;
+    meter.cost.read_bytes = old_bytes.read_bytes + new_bytes.read_bytes;
+    let parse = |path: &Path, bytes, given: Option<&Path>| {
         let input = |e| Error::Input(path.to_owned(), e);
         let mut build = Build::parse(&path.display().to_string(), bytes).map_err(input)?;
         if let Some(map) = link_map(path, given)? {
             build.add_link_map(&map);
         }
-        Ok(Side::new(build))
+        Ok(build)
     };
     let hooks = options.hooks.as_deref().map(hook_object).transpose()?;
     let after = options.after.as_deref().map(previous).transpose()?;
-    let (old, new) = rayon::join(
-        || read(&options.old, &old_bytes[..], options.maps.0.as_deref()),
-        || read(&options.new, &new_bytes[..], options.maps.1.as_deref()),
-    );
+    let (old, new) = meter.phase("parse", || {
+        rayon::join(
+            || parse(&options.old, &old_bytes[..], options.maps.0.as_deref()),
+            || parse(&options.new, &new_bytes[..], options.maps.1.as_deref()),
+        )
+    });
     let (old, new) = (old?, new?);
-    if old.build.build_id == new.build.build_id {
+    if old.build_id == new.build_id {
         return Err(Error::SameBuild);
     }
-    let pairing = pair(&old, &new);
-    let found = diff(
-        &old,
-        &new,
-        (&old_bytes, &new_bytes),
-        &pairing,
-        DiffOptions { strict_locations: options.strict_locations },
-    );
-    let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
-    refusals.extend(crate::sets::check(&old, &new, &pairing, &found));
-    refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
+    meter.cost.functions = (old.funcs.len(), new.funcs.len());
+    let (old, new) = meter.phase("lift", || rayon::join(|| Side::new(old), || Side::new(new)));
+    let pairing = meter.phase("pair", || pair(&old, &new));
+    let how = DiffOptions { strict_locations: options.strict_locations };
+    let found = meter.phase("compare", || diff(&old, &new, (&old_bytes, &new_bytes), &pairing, how));
+    let mut refusals = meter.phase("guard", || {
+        let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
+        refusals.extend(crate::sets::check(&old, &new, &pairing, &found));
+        refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
+        refusals
+    });
     let extras = Extras { hooks: hooks.as_ref(), after: after.as_ref() };
-    let selection = select(&old, &new, &pairing, &found, extras);
+    let selection = meter.phase("select", || select(&old, &new, &pairing, &found, extras));
     refusals.extend(after.as_ref().and_then(|p| not_after(p, &old)));
     refusals.extend(selection.refusals.iter().cloned());
     let files = [(&*options.old, &old_bytes[..]), (&*options.new, &new_bytes[..])];
-    let contract = contract(&old, &new, &pairing, &found, &selection, files);
+    let contract = meter.phase("types", || contract(&old, &new, &pairing, &found, &selection, files));
     refusals.extend(contract.refusals.iter().cloned());
     let mut said = std::collections::BTreeSet::new();
     refusals.retain(|r| said.insert((r.rule.clone(), r.symbol.clone())));
@@ -182,7 +184,7 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {
         let about = About { name: &options.name, allowances: &allowances, types: &types, after: after.as_ref() };
-        match emit(&old, &new, &found, &selection, &about) {
+        match meter.phase("emit", || emit(&old, &new, &found, &selection, &about)) {
             Ok(e) => {
                 let meant = Meant {
                     old: &old,
@@ -195,7 +197,7 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
                     after: after.as_ref(),
                 };
                 examine(&e.bytes, &|bytes| verify(bytes, meant));
-                verify(&e.bytes, meant).map_err(Error::Verify)?;
+                meter.phase("verify", || verify(&e.bytes, meant)).map_err(Error::Verify)?;
                 emitted = Some(e);
             }
             Err(more) => refusals.extend(more),
@@ -212,9 +214,11 @@ pub fn run_with(options: &Options, examine: &Examine<'_>) -> Result<Outcome, Err
         selection: &selection,
         layouts: &contract.layouts_used,
     };
-    let (report, detail) = explain(&both, &options.name, refusals, emitted.as_ref(), (types, contract.notes));
+    let said = (types, contract.notes);
+    let (report, detail) =
+        meter.phase("report", || explain(&both, &options.name, refusals, emitted.as_ref(), said));
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
-    Ok(Outcome { report, detail, patch })
+    Ok(Outcome { report, detail, patch, cost: meter.finish() })
 }
 
 /// Reads the types of both builds and compares them, if there is anything to patch.
@@ -234,13 +238,18 @@ fn contract(
     abi::check(abi::Inputs { old, new, pairing, diff, selection, files, types: [&a, &b] })
 }
 
+/// A small file as it is.
+fn whole(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|e| Error::Input(path.to_owned(), BuildError::Io(e)))
+}
+
 fn hook_object(path: &Path) -> Result<Relocatable, Error> {
-    let bytes = map(path)?;
+    let bytes = whole(path)?;
     Relocatable::parse(&bytes).map_err(|e| Error::Input(path.to_owned(), e))
 }
 
 fn previous(path: &Path) -> Result<PatchFile, Error> {
-    PatchFile::parse(&map(path)?).map_err(|e| Error::Input(path.to_owned(), BuildError::NotElf(e.to_string())))
+    PatchFile::parse(&whole(path)?).map_err(|e| Error::Input(path.to_owned(), BuildError::NotElf(e.to_string())))
 }
 
 /// Why a patch can't take the place of `previous`.

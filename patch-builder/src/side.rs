@@ -18,15 +18,70 @@ pub struct Side<'d> {
     users: Vec<Vec<FuncId>>,
     /// The functions that refer to each function.
     callers: Vec<Vec<FuncId>>,
+    /// Whether each function is an out-of-line part of another, by its name.
+    cold: Vec<bool>,
+    /// Addresses that data or code holds, by what they point to.
+    pointers: Vec<Pointer>,
 }
 
+/// An address that something holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pointer {
+    /// What it points to.
+    pub to: u64,
+    /// Where it stands.
+    pub at: u64,
+    /// Whether it is found by an exported name, which a library may interpose.
+    pub by_name: bool,
+}
+
+fn pointers(build: &Build<'_>) -> Vec<Pointer> {
+    let dynamic = build.dynamic.iter().filter_map(|(at, r)| match r.kind {
+        DynKind::Relative(to) => Some(Pointer { to, at: *at, by_name: false }),
+        DynKind::Own(to, addend) => Some(Pointer { to: to.wrapping_add_signed(addend), at: *at, by_name: true }),
+        _ => None,
+    });
+    let kept = build.relocs.iter().filter(|r| r.kind == R_64).map(|r| {
+        let to = build.rel_sym(r).value.wrapping_add_signed(r.addend);
+        Pointer { to, at: r.at, by_name: false }
+    });
+    let mut out: Vec<Pointer> = dynamic.chain(kept).collect();
+    out.sort_unstable();
+    out.dedup();
+    out
+}
+
+const R_64: u32 = 1;
 const R_PC32: u32 = 2;
+
+/// Where something other than bytes stands, one after the other.
+pub struct Marks<'a> {
+    relocs: &'a [crate::build::Reloc],
+    dynamic: &'a [u64],
+}
+
+impl Marks<'_> {
+    /// The first such place at `addr` or behind it; what is asked for must not go back.
+    pub fn next(&mut self, addr: u64) -> Option<u64> {
+        while self.relocs.first().is_some_and(|r| r.at < addr || r.kind == 0) {
+            self.relocs = &self.relocs[1..];
+        }
+        while self.dynamic.first().is_some_and(|at| *at < addr) {
+            self.dynamic = &self.dynamic[1..];
+        }
+        let (reloc, dynamic) = (self.relocs.first().map(|r| r.at), self.dynamic.first().copied());
+        reloc.into_iter().chain(dynamic).min()
+    }
+}
 
 impl<'d> Side<'d> {
     /// Lifts a build.
     #[must_use]
     pub fn new(build: Build<'d>) -> Self {
-        let lifted = lift_all(&build);
+        let (lifted, (pointers, cold)) = rayon::join(
+            || lift_all(&build),
+            || (pointers(&build), build.funcs.iter().map(|f| f.cold_parent().is_some()).collect()),
+        );
         let mut soft_bounds = build.soft_bounds.clone();
         let mut named_by_code = Vec::new();
         let mut users = vec![Vec::new(); build.objects.len()];
@@ -49,7 +104,7 @@ impl<'d> Side<'d> {
         named_by_code.sort_unstable();
         named_by_code.dedup();
         users.iter_mut().chain(&mut callers).for_each(Vec::dedup);
-        Self { build, lifted, soft_bounds, named_by_code, users, callers }
+        Self { build, lifted, soft_bounds, named_by_code, users, callers, cold, pointers }
     }
 
     /// The functions that refer to a data symbol.
@@ -62,6 +117,30 @@ impl<'d> Side<'d> {
     #[must_use]
     pub fn callers(&self, id: FuncId) -> &[FuncId] {
         &self.callers[id as usize]
+    }
+
+    /// Whether a function is an out-of-line part of another, by its name.
+    #[must_use]
+    pub fn is_cold(&self, id: FuncId) -> bool {
+        self.cold[id as usize]
+    }
+
+    /// The addresses in data or code that point to `from..to`.
+    #[must_use]
+    pub fn pointers_to(&self, from: u64, to: u64) -> &[Pointer] {
+        let start = self.pointers.partition_point(|p| p.to < from);
+        let end = self.pointers.partition_point(|p| p.to < to);
+        &self.pointers[start..end.max(start)]
+    }
+
+    /// The addresses from which on something other than bytes stands in data.
+    #[must_use]
+    pub fn marks(&self, from: u64) -> Marks<'_> {
+        let build = &self.build;
+        Marks {
+            relocs: &build.relocs[build.relocs.partition_point(|r| r.at < from)..],
+            dynamic: &build.dynamic_at[build.dynamic_at.partition_point(|at| *at < from)..],
+        }
     }
 
     /// Whether `addr` lies in data that the program may change.

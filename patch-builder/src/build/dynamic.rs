@@ -1,13 +1,13 @@
 //! Dynamic relocations and the stubs of the procedure linkage table.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, OpKind};
 use object::read::elf::{Rela, SectionHeader, Sym};
 use object::{elf, LittleEndian as Le};
 
 use super::elf::{damaged, RawElf, Section};
-use super::BuildError;
+use super::{BuildError, FastMap};
 
 /// What the dynamic linker stores at a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,9 +68,9 @@ pub struct ImportSym<'d> {
 }
 
 pub struct Dynamic<'d> {
-    pub relocs: HashMap<u64, DynRel<'d>>,
+    pub relocs: FastMap<u64, DynRel<'d>>,
     pub exported: HashSet<u64>,
-    pub imports: HashMap<&'d str, ImportSym<'d>>,
+    pub imports: FastMap<&'d str, ImportSym<'d>>,
 }
 
 pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d>, BuildError> {
@@ -78,7 +78,7 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d
     let versions = raw.table.versions(Le, raw.bytes).map_err(damaged)?.unwrap_or_default();
     let text = |bytes: &'d [u8]| std::str::from_utf8(bytes).map_err(|_| damaged("a symbol version that is not text"));
     let mut exported = HashSet::new();
-    let mut imports: HashMap<&'d str, ImportSym<'d>> = HashMap::new();
+    let mut imports: FastMap<&'d str, ImportSym<'d>> = FastMap::default();
     let mut resolved = Vec::with_capacity(syms.len());
     for (index, sym) in syms.enumerate() {
         let name = sym.name(Le, syms.strings()).map_err(damaged)?;
@@ -105,7 +105,7 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d
         }
         resolved.push((name, defined, value));
     }
-    let mut relocs = HashMap::new();
+    let mut relocs = FastMap::default();
     for sh in raw.table.iter() {
         let kind = sh.sh_type(Le);
         if sh.sh_flags(Le).0 & 2 == 0 {
@@ -160,7 +160,7 @@ fn word_at(sections: &[Section<'_>], at: u64) -> Option<u64> {
 }
 
 /// Every stub of an import.
-pub fn plt_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel<'d>>) -> HashMap<u64, &'d str> {
+pub fn plt_stubs<'d>(sections: &[Section<'d>], relocs: &FastMap<u64, DynRel<'d>>) -> FastMap<u64, &'d str> {
     let import = |kind| match kind {
         DynKind::Import(name, _) => Some(name),
         _ => None,
@@ -169,7 +169,7 @@ pub fn plt_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel<'d>>
 }
 
 /// Every stub of a function of this image that a resolver chooses: address of the stub, address of the resolver.
-pub fn resolver_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel<'d>>) -> Vec<(u64, u64)> {
+pub fn resolver_stubs<'d>(sections: &[Section<'d>], relocs: &FastMap<u64, DynRel<'d>>) -> Vec<(u64, u64)> {
     let resolver = |kind| match kind {
         DynKind::Ifunc(at) | DynKind::Own(at, 0) => Some(at),
         _ => None,
@@ -180,7 +180,7 @@ pub fn resolver_stubs<'d>(sections: &[Section<'d>], relocs: &HashMap<u64, DynRel
 /// A stub is an indirect jump through a slot that the dynamic linker fills, perhaps after `endbr64`.
 fn stubs<'d, T: Copy>(
     sections: &[Section<'d>],
-    relocs: &HashMap<u64, DynRel<'d>>,
+    relocs: &FastMap<u64, DynRel<'d>>,
     wanted: impl Fn(DynKind<'d>) -> Option<T>,
 ) -> Vec<(u64, T)> {
     let mut out = Vec::new();

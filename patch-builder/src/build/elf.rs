@@ -3,6 +3,7 @@
 use object::read::elf::{FileHeader, ProgramHeader, Rela, SectionHeader, SectionTable};
 use object::{elf, LittleEndian as Le};
 
+use super::file::is_unread;
 use super::{BuildError, TlsSegment};
 
 type Header = elf::FileHeader64<Le>;
@@ -143,8 +144,11 @@ fn section<'d>(
     let flags = sh.sh_flags(Le).0;
     let has = |bit: u64| flags & bit != 0;
     let zero_fill = sh.sh_type(Le) == elf::SHT_NOBITS;
-    let data =
+    let mut data =
         if zero_fill { &[][..] } else { sh.data(Le, bytes).map_err(|e| damaged(format!("section {name}: {e}")))? };
+    if is_unread(name.as_bytes()) && !has(2) {
+        data = &[]; // perhaps it was not read
+    }
     let (addr, size) = (sh.sh_addr(Le), sh.sh_size(Le));
     if addr.checked_add(size).is_none() {
         return Err(damaged(format!("section {name} leaves the address space")));
@@ -201,7 +205,7 @@ pub fn kept_relocs(raw: &RawElf<'_>) -> Result<Vec<Reloc>, BuildError> {
         let name = raw.table.section_name(Le, sh).map_err(damaged)?;
         let Some(applies_to) = raw.sections.get(sh.sh_info(Le) as usize) else { continue };
         // .eh_frame is decoded on its own: linkers drop or misplace its relocations.
-        if !applies_to.alloc || name == b".rela.eh_frame" {
+        if !applies_to.alloc || is_unread(name) {
             continue;
         }
         let (entries, _) =

@@ -6,6 +6,7 @@
 
 mod dynamic;
 mod elf;
+mod file;
 mod lines;
 mod linkmap;
 mod names;
@@ -15,10 +16,11 @@ mod symbols;
 mod tls;
 mod unwind;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 pub use dynamic::{DynKind, DynRel, ImportSym, TlsSym};
 pub use elf::{Reloc, Section};
+pub use file::FileBytes;
 pub use lines::{Lines, Row};
 pub use names::{canonical, demangle, has_identity, split_suffix};
 pub use relocatable::{ObjFrame, ObjPlace, ObjReloc, ObjSymbol, Relocatable};
@@ -26,6 +28,9 @@ pub use scopes::{Inlined, Scope, Scopes, SourceFile, SourceLine};
 pub use symbols::{Func, FuncId, Name, ObjId, Object, RelSym, SymTarget};
 pub use tls::{TlsFound, TlsModel};
 pub use unwind::{Fde, Personality, Unwind};
+
+/// A hash map that is seeded anew in every run, and faster than the standard one.
+pub type FastMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
 
 /// Why a file is no build that can be diffed.
 #[derive(Debug)]
@@ -96,11 +101,13 @@ pub struct Build<'d> {
     /// What each index of the symbol table stands for.
     pub rel_syms: Vec<RelSym<'d>>,
     /// Dynamic relocations by the address they change.
-    pub dynamic: HashMap<u64, DynRel<'d>>,
+    pub dynamic: FastMap<u64, DynRel<'d>>,
+    /// The keys of `dynamic`, ascending.
+    pub dynamic_at: Vec<u64>,
     /// What libraries define for it, by name.
-    pub imports: HashMap<&'d str, ImportSym<'d>>,
+    pub imports: FastMap<&'d str, ImportSym<'d>>,
     /// Stubs of the procedure linkage table: address to import.
-    pub plt: HashMap<u64, &'d str>,
+    pub plt: FastMap<u64, &'d str>,
     /// Addresses that the dynamic symbol table exports.
     pub exported: HashSet<u64>,
     /// Addresses at which unnamed data certainly begins or ends, ascending.
@@ -132,11 +139,14 @@ impl<'d> Build<'d> {
             });
         }
         let sections: Vec<Section<'d>> = raw.alloc_sections();
-        let symbols = symbols::read(&raw, &sections)?;
-        let dynamic = dynamic::read(&raw, &sections)?;
-        let relocs = elf::kept_relocs(&raw)?;
+        let ((symbols, dynamic), (relocs, unwind)) = rayon::join(
+            || rayon::join(|| symbols::read(&raw, &sections), || dynamic::read(&raw, &sections)),
+            || rayon::join(|| elf::kept_relocs(&raw), || unwind::read(&sections)),
+        );
+        let (symbols, dynamic, relocs, unwind) = (symbols?, dynamic?, relocs?, unwind?);
         let plt = dynamic::plt_stubs(&sections, &dynamic.relocs);
-        let unwind = unwind::read(&sections)?;
+        let mut dynamic_at: Vec<u64> = dynamic.relocs.keys().copied().collect();
+        dynamic_at.sort_unstable();
         let mut build = Self {
             path: path.to_owned(),
             build_id: raw.build_id.clone(),
@@ -152,6 +162,7 @@ impl<'d> Build<'d> {
             rel_syms: symbols.rel_syms,
             relocs,
             dynamic: dynamic.relocs,
+            dynamic_at,
             exported: dynamic.exported,
             imports: dynamic.imports,
             plt,
@@ -251,9 +262,11 @@ impl<'d> Build<'d> {
     /// Kept relocations whose place lies in `addr..addr + len`.
     #[must_use]
     pub fn relocs_in(&self, addr: u64, len: u64) -> &[Reloc] {
-        let from = self.relocs.partition_point(|r| r.at < addr);
-        let to = self.relocs.partition_point(|r| r.at < addr.saturating_add(len));
-        &self.relocs[from..to.max(from)]
+        let rest = &self.relocs[self.relocs.partition_point(|r| r.at < addr)..];
+        let end = addr.saturating_add(len);
+        // Nearly always one or none.
+        let few = rest.iter().take(8).take_while(|r| r.at < end).count();
+        &rest[..if few < 8 { few } else { rest.partition_point(|r| r.at < end) }]
     }
 
     /// What the symbol of a relocation stands for.

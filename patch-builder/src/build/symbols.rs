@@ -1,12 +1,11 @@
 //! The symbol table: functions and data with all their names.
 
-use std::collections::{BTreeMap, HashMap};
-
 use object::read::elf::Sym;
 use object::{elf, LittleEndian as Le};
+use rayon::prelude::*;
 
 use super::elf::{damaged, RawElf, Section};
-use super::{has_identity, BuildError};
+use super::{has_identity, BuildError, FastMap};
 
 /// Index of a function in its build.
 pub type FuncId = u32;
@@ -205,14 +204,14 @@ fn section_of<'a, 'd>(sections: &'a [Section<'d>], addr: u64) -> Option<&'a Sect
 fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mut [RelSym<'d>]) -> Vec<Func<'d>> {
     const FUNC: u8 = 2;
     const IFUNC: u8 = 10;
-    code.sort_by(|a, b| (a.value, b.size, !a.global, a.name.text).cmp(&(b.value, a.size, !b.global, b.name.text)));
-    let mut by_addr: BTreeMap<u64, Vec<Raw<'d>>> = BTreeMap::new();
-    for raw in code {
-        by_addr.entry(raw.value).or_default().push(raw);
-    }
-    let starts: Vec<u64> = by_addr.keys().copied().collect();
+    code.par_sort_by(|a, b| (a.value, b.size, !a.global, a.name.text).cmp(&(b.value, a.size, !b.global, b.name.text)));
     let mut out: Vec<Func<'d>> = Vec::new();
-    for (addr, mut raws) in by_addr {
+    let mut rest = &code[..];
+    while let Some(first) = rest.first() {
+        let addr = first.value;
+        let here;
+        (here, rest) = rest.split_at(rest.iter().take_while(|r| r.value == addr).count());
+        let mut raws: Vec<&Raw<'d>> = here.iter().collect();
         let typed = raws.iter().any(|r| r.kind == FUNC || r.kind == IFUNC);
         if typed {
             // labels at a function's start (`.text` markers and the like) are no names of it
@@ -232,7 +231,7 @@ fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mu
             }
         }
         let end = section_of(sections, addr).map_or(addr, |s| s.addr + s.size);
-        let next = starts.get(starts.partition_point(|s| *s <= addr)).copied().unwrap_or(end).min(end);
+        let next = rest.first().map_or(end, |r| r.value).min(end);
         let unsized_ = size == 0;
         let size = if unsized_ { next.saturating_sub(addr) } else { size.min(end - addr.min(end)) };
         let id = out.len() as FuncId;
@@ -240,14 +239,14 @@ fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mu
         for r in &raws {
             rel_syms[r.index].target = SymTarget::Func(id);
         }
-        let names = raws.into_iter().map(|r| r.name).collect();
+        let names = raws.iter().map(|r| r.name).collect();
         out.push(Func { addr, size, names, unsized_, ifunc, overlapped: inside });
     }
     out
 }
 
 fn grouped<'d>(raws: Vec<Raw<'d>>, rel_syms: &mut [RelSym<'d>], target: fn(u32) -> SymTarget) -> Vec<Object<'d>> {
-    let mut by_place: HashMap<(u64, bool), Vec<Raw<'d>>> = HashMap::new();
+    let mut by_place: FastMap<(u64, bool), Vec<Raw<'d>>> = FastMap::default();
     for raw in raws.into_iter().filter(|r| has_identity(r.name.text)) {
         by_place.entry((raw.value, raw.size > 0)).or_default().push(raw);
     }

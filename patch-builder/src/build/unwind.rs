@@ -1,6 +1,6 @@
 //! `.eh_frame`, decoded by hand: linkers drop or misplace its relocations.
 
-use std::collections::HashMap;
+use std::collections::hash_map::{Entry, HashMap};
 
 use gimli::{BaseAddresses, CieOrFde, EhFrame, Pointer, UnwindSection};
 
@@ -44,7 +44,8 @@ pub enum Personality {
 /// The unwind tables of a build.
 #[derive(Default)]
 pub struct Unwind<'d> {
-    fdes: HashMap<u64, Fde<'d>>,
+    /// By first address.
+    fdes: Vec<Fde<'d>>,
     lsdas: Vec<u64>,
 }
 
@@ -60,13 +61,13 @@ impl<'d> Unwind<'d> {
 
     /// Where the functions start that it has entries for.
     pub fn starts(&self) -> impl Iterator<Item = u64> + '_ {
-        self.fdes.keys().copied()
+        self.fdes.iter().map(|f| f.start)
     }
 
     /// The entry of the function that starts at `addr`.
     #[must_use]
     pub fn fde_at(&self, addr: u64) -> Option<&Fde<'d>> {
-        self.fdes.get(&addr)
+        self.fdes.binary_search_by_key(&addr, |f| f.start).ok().map(|i| &self.fdes[i])
     }
 
     /// The language-specific data area after the one at `addr`.
@@ -84,12 +85,12 @@ impl<'d> Unwind<'d> {
     /// Whether any function names a personality: something in the program may unwind.
     #[must_use]
     pub fn has_personality(&self) -> bool {
-        self.fdes.values().any(|f| f.personality.is_some())
+        self.fdes.iter().any(|f| f.personality.is_some())
     }
 
     /// Every personality in use.
     pub fn personalities(&self) -> impl Iterator<Item = Personality> + '_ {
-        self.fdes.values().filter_map(|f| f.personality)
+        self.fdes.iter().filter_map(|f| f.personality)
     }
 }
 
@@ -104,12 +105,18 @@ fn parse(addr: u64, data: &[u8]) -> Result<Unwind<'_>, BuildError> {
     let mut eh = EhFrame::new(data, gimli::LittleEndian);
     eh.set_address_size(8);
     let bases = BaseAddresses::default().set_eh_frame(addr);
-    let mut fdes = HashMap::new();
+    let mut fdes: Vec<Fde<'_>> = Vec::new();
+    let mut cies = HashMap::new();
     let mut entries = eh.entries(&bases);
     let bad = |e: gimli::Error| damaged(format!(".eh_frame: {e}"));
     while let Some(entry) = entries.next().map_err(bad)? {
         let CieOrFde::Fde(partial) = entry else { continue };
-        let fde = partial.parse(EhFrame::cie_from_offset).map_err(bad)?;
+        let fde = partial
+            .parse(|eh, bases, at| match cies.entry(at) {
+                Entry::Occupied(known) => Ok(gimli::CommonInformationEntry::clone(known.get())),
+                Entry::Vacant(free) => Ok(free.insert(eh.cie_from_offset(bases, at)?).clone()),
+            })
+            .map_err(bad)?;
         let cie = fde.cie();
         let direct = |p: Pointer| match p {
             Pointer::Direct(a) => Personality::Direct(a),
@@ -138,9 +145,13 @@ fn parse(addr: u64, data: &[u8]) -> Result<Unwind<'_>, BuildError> {
             personality: cie.personality().map(direct),
             lsda,
         };
-        fdes.insert(entry.start, entry);
+        fdes.push(entry);
     }
-    let mut lsdas: Vec<u64> = fdes.values().filter_map(|f| f.lsda).collect();
+    // Of several for one address the last counts.
+    fdes.reverse();
+    fdes.sort_by_key(|f| f.start);
+    fdes.dedup_by_key(|f| f.start);
+    let mut lsdas: Vec<u64> = fdes.iter().filter_map(|f| f.lsda).collect();
     lsdas.sort_unstable();
     Ok(Unwind { fdes, lsdas })
 }

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use clap::Args;
 
 use crate::cli::output::{say, write_whole};
+use crate::cli::progress::Progress;
 use crate::cli::wrap::recorded;
-use crate::pipeline::{run, Options};
-use crate::report::{page, Look};
+use crate::cost::{Cost, Meter};
+use crate::pipeline::{run_metered, Options};
+use crate::report::{page, Look, Report};
 
 /// What both the building and the mere reporting may be asked.
 #[derive(Args, Debug, Default)]
@@ -47,6 +49,28 @@ pub struct Common {
     /// Report as one web page, too
     #[arg(long, value_name = "FILE")]
     pub(super) html: Option<PathBuf>,
+    /// Say what each phase took, and the peak memory, on standard error (with --json always said, under `cost`)
+    #[arg(long)]
+    timings: bool,
+}
+
+/// How to say what came of it.
+#[derive(Clone, Debug, Default)]
+pub struct Say {
+    /// As JSON.
+    pub json: bool,
+    /// With the time of each phase.
+    pub timings: bool,
+    /// As a web page, too, in this file.
+    pub html: Option<PathBuf>,
+}
+
+/// The report and what it took; the cost is no part of the report, which is the same for the same inputs.
+#[derive(serde::Serialize)]
+struct Json<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    cost: &'a Cost,
 }
 
 /// `patch-builder OLD NEW -o FIX.so`
@@ -93,6 +117,10 @@ impl Common {
         Ok((find(old)?, find(new)?))
     }
 
+    pub(super) fn how(&self) -> Say {
+        Say { json: self.json, timings: self.timings, html: self.html.clone() }
+    }
+
     pub(super) fn options(self, old: PathBuf, new: PathBuf, name: String) -> Options {
         Options {
             old,
@@ -120,24 +148,30 @@ pub(super) fn main(args: BuildArgs) -> ExitCode {
         Err(code) => return code,
     };
     let stem = output.file_stem().map_or_else(|| "patch".into(), |s| s.to_string_lossy().into_owned());
-    let (json, html) = (args.common.json, args.common.html.clone());
-    build(&args.common.options(old, new, args.name.unwrap_or(stem)), Some(&output), html.as_deref(), json)
+    let how = args.common.how();
+    build(&args.common.options(old, new, args.name.unwrap_or(stem)), Some(&output), how)
 }
 
 /// Diffs and reports.
 pub(super) fn diff(args: DiffArgs) -> ExitCode {
-    let (json, html) = (args.common.json, args.common.html.clone());
+    let how = args.common.how();
     let (old, new) = match args.common.found(args.old, args.new) {
         Ok(both) => both,
         Err(code) => return code,
     };
     let options = args.common.options(old, new, "diff".into());
-    build(&Options { only_report: true, ..options }, None, html.as_deref(), json)
+    build(&Options { only_report: true, ..options }, None, how)
 }
 
 /// Runs the pipeline, says what came of it, and writes the patch where one is wanted.
-pub(super) fn build(options: &Options, output: Option<&Path>, html: Option<&Path>, json: bool) -> ExitCode {
-    let outcome = match run(options) {
+pub(super) fn build(options: &Options, output: Option<&Path>, how: Say) -> ExitCode {
+    let json = how.json;
+    let ran = {
+        let progress = Progress::new();
+        let begins = |phase| progress.begins(phase);
+        run_metered(options, Meter::new(&begins))
+    };
+    let outcome = match ran {
         Ok(outcome) => outcome,
         Err(e) => {
             if json {
@@ -151,16 +185,20 @@ pub(super) fn build(options: &Options, output: Option<&Path>, html: Option<&Path
             return ExitCode::from(e.exit_code());
         }
     };
-    if let (Some(path), Some(detail)) = (html, &outcome.detail) {
+    if let (Some(path), Some(detail)) = (&how.html, &outcome.detail) {
         if let Err(e) = write_whole(path, page(&outcome.report, detail).as_bytes()) {
             eprintln!("patch-builder: {}: {e}", path.display());
             return ExitCode::from(1);
         }
     }
     if json {
-        say(&format!("{}\n", serde_json::to_string_pretty(&outcome.report).unwrap_or_default()));
+        let whole = Json { report: &outcome.report, cost: &outcome.cost };
+        say(&format!("{}\n", serde_json::to_string_pretty(&whole).unwrap_or_default()));
     } else {
         say(&outcome.report.text(Look::of(&console::Term::stdout())));
+    }
+    if how.timings {
+        eprint!("{}", outcome.cost.text());
     }
     if !outcome.report.refusals.is_empty() {
         eprint!("{}", outcome.report.refusal_text(Look::of(&console::Term::stderr())));

@@ -5,6 +5,7 @@ mod cargo;
 mod flags;
 mod inspect;
 mod output;
+mod progress;
 mod records;
 mod wrap;
 

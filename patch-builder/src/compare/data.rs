@@ -3,7 +3,7 @@
 use super::{Comparer, Key};
 use crate::build::DynKind;
 use crate::lift::{resolve, Access, Target};
-use crate::side::Side;
+use crate::side::{Marks, Side};
 
 /// Data longer than this is not compared byte by byte: different.
 const MAX_COMPARED: u64 = 1 << 30;
@@ -89,7 +89,17 @@ impl<'d> Comparer<'_, 'd> {
         let (Some(x), Some(y)) = (bytes_of(old, a, zero_a), bytes_of(new, b, zero_b)) else { return false };
         let (x, y) = (x.unwrap_or(&zeros), y.unwrap_or(&zeros));
         let mut offset = 0u64;
+        let (mut marks_a, mut marks_b) = (old.marks(a), new.marks(b));
         while offset < common {
+            let plain = plain(&mut marks_a, a, offset).min(plain(&mut marks_b, b, offset)).min(common);
+            if plain > offset {
+                let run = offset as usize..plain as usize;
+                if let Some(i) = first_difference(&x[run.clone()], &y[run]) {
+                    return self.location_drift(a, b, offset + i as u64, x, y);
+                }
+                offset = plain;
+                continue;
+            }
             let (p, q) = (place(old, a + offset, a), place(new, b + offset, b));
             let i = offset as usize;
             let step = match (p, q) {
@@ -141,6 +151,18 @@ impl<'d> Comparer<'_, 'd> {
             _ => false,
         }
     }
+}
+
+/// Up to which offset behind `base` nothing but bytes stands.
+fn plain(marks: &mut Marks<'_>, base: u64, offset: u64) -> u64 {
+    marks.next(base + offset).map_or(u64::MAX, |at| at - base)
+}
+
+fn first_difference(x: &[u8], y: &[u8]) -> Option<usize> {
+    if x == y {
+        return None;
+    }
+    x.iter().zip(y).position(|(a, b)| a != b)
 }
 
 /// What a slot of the global offset table holds at run time.
@@ -218,7 +240,17 @@ impl<'d> Comparer<'_, 'd> {
             return false;
         }
         let mut i = 0u64;
+        let (mut marks_a, mut marks_b) = (self.old.marks(a), self.new.marks(b));
         while i < len {
+            let plain = plain(&mut marks_a, a, i).min(plain(&mut marks_b, b, i)).min(len);
+            if plain > i {
+                let run = i as usize..plain as usize;
+                if x[run.clone()] != y[run] {
+                    return false;
+                }
+                i = plain;
+                continue;
+            }
             match (place(self.old, a + i, a + i), place(self.new, b + i, b + i)) {
                 (Place::Bytes, Place::Bytes) if x[i as usize] == y[i as usize] => i += 1,
                 (Place::Relative(s), Place::Relative(t)) | (Place::Short(s), Place::Short(t)) if self.types(s, t) => {

@@ -32,9 +32,14 @@ impl<'a> Rows<'a> {
     /// the old build and at line `b` in the new one, by rows at the same offset.
     fn moved(&self, a: u32, b: u32, from: u64, to: u64) -> bool {
         let within = |rows: &[Row], start: u64, line: u32| -> Vec<u64> {
-            let covering = rows.iter().rposition(|r| r.addr <= start + from && r.file != u32::MAX);
+            // Rows ascend by address: those of the covering one and those in range are next to each other, or nearly.
+            let begun = rows.partition_point(|r| r.addr <= start + from);
+            let covering = rows[..begun].iter().rposition(|r| r.file != u32::MAX);
             let covering = covering.map_or(u64::MAX, |i| rows[i].addr);
-            let near = rows.iter().filter(|r| r.addr == covering || (start + from..=start + to).contains(&r.addr));
+            let first = rows.partition_point(|r| r.addr < covering.min(start + from));
+            let end = rows.partition_point(|r| r.addr <= start + to).max(begun).max(first);
+            let near = rows[first..end].iter();
+            let near = near.filter(|r| r.addr == covering || (start + from..=start + to).contains(&r.addr));
             near.filter(|r| r.line == line).map(|r| r.addr - start).collect()
         };
         if a == 0 || b == 0 {
@@ -88,7 +93,7 @@ impl<'d> Comparer<'_, 'd> {
                 };
                 let (a, b) = (value(a), value(b));
                 if a != b {
-                    let call = calls.iter().copied().find(|c| *c >= p.ip()).unwrap_or(p.ip());
+                    let call = calls.get(calls.partition_point(|c| *c < p.ip())).copied().unwrap_or(p.ip());
                     if !moved(a, b, p.ip(), call) {
                         return false;
                     }

@@ -6,11 +6,11 @@
 mod data;
 mod drift;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 pub use data::{place, slot, type_slot, Place};
 
-use crate::build::{FuncId, Lines, TlsFound};
+use crate::build::{FastMap, FuncId, Lines, TlsFound};
 use crate::lift::{Access, Ref, Target};
 use crate::pairing::Pairing;
 use crate::side::Side;
@@ -50,7 +50,7 @@ pub struct Comparer<'a, 'd> {
     new: &'a Side<'d>,
     pairing: &'a Pairing,
     proof: LineProof<'a>,
-    memo: HashMap<Key, bool>,
+    memo: FastMap<Key, bool>,
     /// Keys answered `true` while something is still open, oldest first.
     trail: Vec<Key>,
     depth: u32,
@@ -68,7 +68,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
     /// A comparer that has seen nothing yet.
     #[must_use]
     pub fn new(old: &'a Side<'d>, new: &'a Side<'d>, pairing: &'a Pairing, proof: LineProof<'a>) -> Self {
-        let (memo, trail, noise) = (HashMap::new(), Vec::new(), Vec::new());
+        let (memo, trail, noise) = (FastMap::default(), Vec::new(), Vec::new());
         Self {
             old,
             new,

@@ -2,48 +2,131 @@
 //! or file; the numbers shift when something is added, so members of one such
 //! family can't be told apart by their names alone.
 
+use std::borrow::Cow;
+
+use indexmap::IndexSet;
+use rayon::prelude::*;
+
 use crate::build::{canonical, split_suffix, Name};
 
+/// A text, by its place in [`Names`]: equal texts have equal ones.
+pub type Text = u32;
 /// A name without its numbers, and the source file where that tells symbols apart.
-pub type Key = (String, Option<String>);
+pub type Key = (Text, Option<Text>);
+
+/// The texts of all names of both builds, each once.
+#[derive(Default)]
+pub struct Names<'d> {
+    texts: IndexSet<Cow<'d, str>, foldhash::fast::RandomState>,
+}
+
+impl<'d> Names<'d> {
+    fn add(&mut self, text: Cow<'d, str>) -> Text {
+        self.texts.insert_full(text).0 as Text
+    }
+
+    fn text(&self, text: Text) -> &str {
+        &self.texts[text as usize]
+    }
+
+    /// A key in an order that does not depend on when its texts were first seen.
+    pub fn order(&self, key: Key) -> (&str, Option<&str>) {
+        (self.text(key.0), key.1.map(|file| self.text(file)))
+    }
+}
 
 /// What is compared of one name.
+#[derive(Clone, Copy, Debug)]
 pub struct Kin {
     /// Without numbers, but with hashes of crates: whoever shares it with nobody is known by it.
-    pub exact: String,
+    pub exact: Text,
     /// Without numbers and hashes.
-    pub family: String,
+    pub family: Text,
     /// With numbers, without hashes.
-    pub own: String,
+    pub own: Text,
     /// The source file, for a local symbol of C or C++.
-    pub file: Option<String>,
+    pub file: Option<Text>,
     /// Rust before v0: the hash is the only thing that tells instances of a generic function apart.
     pub legacy: bool,
 }
 
-impl Kin {
-    pub fn new(name: &Name<'_>) -> Self {
+/// What there is to compare of each name of each symbol of one build.
+pub struct Kins {
+    all: Vec<Kin>,
+    /// Where each symbol's begin, and where the last one's end.
+    starts: Vec<u32>,
+}
+
+impl Kins {
+    /// Of symbols with these names.
+    pub fn new<'d>(symbols: &[&[Name<'d>]], names: &mut Names<'d>) -> Self {
+        let spelled: Vec<Vec<Spelled<'d>>> =
+            symbols.par_iter().map(|all| all.iter().map(Spelled::new).collect()).collect();
+        let (mut all, mut starts) = (Vec::with_capacity(symbols.len()), vec![0]);
+        for symbol in spelled {
+            all.extend(symbol.into_iter().map(|s| Kin {
+                exact: names.add(s.exact),
+                family: names.add(s.family),
+                own: names.add(s.own),
+                file: s.file.map(|file| names.add(file.into())),
+                legacy: s.legacy,
+            }));
+            starts.push(all.len() as u32);
+        }
+        Self { all, starts }
+    }
+
+    /// Those of one symbol.
+    pub fn of(&self, id: u32) -> &[Kin] {
+        &self.all[self.starts[id as usize] as usize..self.starts[id as usize + 1] as usize]
+    }
+
+    /// Those of every symbol, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &[Kin])> {
+        (0..self.starts.len() as u32 - 1).map(|id| (id, self.of(id)))
+    }
+}
+
+/// One name, in words.
+struct Spelled<'d> {
+    exact: Cow<'d, str>,
+    family: Cow<'d, str>,
+    own: Cow<'d, str>,
+    file: Option<&'d str>,
+    legacy: bool,
+}
+
+/// Whether a name is neither mangled nor numbered: it is all that there is to it.
+fn is_plain(text: &str) -> bool {
+    !text.starts_with(['_', 'R', 'Z']) && !text.contains('.')
+}
+
+impl<'d> Spelled<'d> {
+    fn new(name: &Name<'d>) -> Self {
         let text = name.text;
+        if is_plain(text) {
+            return Self { exact: text.into(), family: text.into(), own: text.into(), file: name.file, legacy: false };
+        }
         let (core, suffix) = split_suffix(text);
         let numbers = suffix.split_once(".llvm").map_or(suffix, |(numbers, _)| numbers);
         let suffix = canonical(&format!("x{suffix}")).split_off(1);
         let plain = canonical(text);
         let rust = rustc_demangle::try_demangle(core).ok();
-        let file = if rust.is_some() { None } else { name.file.map(str::to_owned) };
+        let file = if rust.is_some() { None } else { name.file };
         let legacy = rust.is_some() && !core.starts_with("_R");
-        let (exact, family, own) = match rust {
+        let (exact, family, own): (String, String, Cow<'d, str>) = match rust {
             Some(d) if !legacy => (
                 format!("{}@{}{suffix}", unnumbered(&format!("{d}")), v0_text(core, true, false)),
                 unnumbered(&plain),
-                format!("{plain}@{}{numbers}", v0_text(core, false, true)),
+                format!("{plain}@{}{numbers}", v0_text(core, false, true)).into(),
             ),
-            Some(_) => (plain.clone(), plain, text.to_owned()),
+            Some(_) => (plain.clone(), plain, text.into()),
             None => {
                 let family = cpp_family(core).map_or(plain, |f| f + &suffix);
-                (family.clone(), family, text.to_owned())
+                (family.clone(), family, text.into())
             }
         };
-        Self { exact, family, own, file, legacy }
+        Self { exact: exact.into(), family: family.into(), own, file, legacy }
     }
 }
 
@@ -129,8 +212,28 @@ fn v0_text(core: &str, crates: bool, places: bool) -> String {
 mod tests {
     use super::*;
 
-    fn kin(text: &'static str) -> Kin {
-        Kin::new(&Name { text, file: None })
+    fn kin(text: &'static str) -> Spelled<'static> {
+        Spelled::new(&Name { text, file: None })
+    }
+
+    #[test]
+    fn a_plain_name_is_spelled_as_it_would_be_anyway() {
+        for text in ["main", "f0_240", "Rest", "memcpy", "ZSTD_compress", "_start", "x", "r", "héllo", "a$b"] {
+            let s = kin(text);
+            assert_eq!((&*s.exact, &*s.family, &*s.own), (text, text, text));
+            assert_eq!(canonical(text), text);
+        }
+    }
+
+    #[test]
+    fn equal_texts_are_one_and_keep_their_order() {
+        let mut names = Names::default();
+        let (b, a) = (Name { text: "beta", file: None }, Name { text: "alpha", file: Some("a.c") });
+        let kins = Kins::new(&[&[b], &[a, b], &[]], &mut names);
+        assert_eq!(kins.of(0)[0].own, kins.of(1)[1].own);
+        assert_eq!(kins.iter().map(|(_, k)| k.len()).collect::<Vec<_>>(), [1, 2, 0]);
+        let key = |k: &Kin| (k.family, k.file);
+        assert!(names.order(key(&kins.of(1)[0])) < names.order(key(&kins.of(0)[0])));
     }
 
     #[test]

@@ -51,14 +51,14 @@ impl<'d> Selector<'_, 'd> {
             return None;
         }
         let slot = self.import_slot(name)?;
-        let known = self.pieces.iter().position(|p| p.kind == PieceKind::Stub && p.name == name);
-        let piece = known.unwrap_or_else(|| {
+        let piece = self.stub_of.get(name).copied().unwrap_or_else(|| {
             let fixups = vec![Fixup { at: 2, store: Store::Pc32(-4), to: slot }];
             // jmp qword ptr [rip + slot]
             let bytes = vec![0xff, 0x25, 0, 0, 0, 0];
             self.pieces.push(Piece { kind: PieceKind::Stub, name: name.into(), file: None, align: 16, bytes, fixups });
             self.pieces.len() - 1
         });
+        self.stub_of.insert(name, piece);
         Some(Bound::Piece(piece, 0))
     }
 

@@ -11,11 +11,11 @@ mod imports;
 mod jumps;
 mod slots;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use livepatch::patch::{HookKind, Import, PatchFile};
 
-use crate::build::{demangle, Fde, FuncId, ObjFrame, Personality, Relocatable};
+use crate::build::{demangle, FastMap, Fde, FuncId, ObjFrame, ObjId, Personality, Relocatable};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::{companions, Diff};
 use crate::lift::{Access, Field, Target};
@@ -229,6 +229,8 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
         queue: Vec::new(),
         pieces: Vec::new(),
         piece_at: HashMap::new(),
+        stub_of: HashMap::new(),
+        bodies: None,
         address_taken: BTreeSet::new(),
         taken: BTreeSet::new(),
         imports: imports::import_slots(old),
@@ -275,6 +277,17 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
 
 /// A hook object that defines this symbol needs the agent.
 const AGENT_MARK: &str = "livepatch_hooks_need_agent";
+/// The data symbols into which a function takes an address that may be walked on from.
+fn walked(side: &Side<'_>, lifted: &crate::lift::Lifted<'_>) -> HashSet<ObjId> {
+    let walks = |r: &crate::lift::Ref<'_>| match (r.access, r.target) {
+        (Access::Branch | Access::Exact(_), _) => None,
+        (_, Target::Object(id, offset)) => {
+            (offset >= 0 && offset.cast_unsigned() < side.build.object(id).size).then_some(id)
+        }
+        _ => None,
+    };
+    lifted.refs.iter().filter_map(walks).collect()
+}
 
 struct Selector<'a, 'd> {
     old: &'a Side<'d>,
@@ -286,6 +299,10 @@ struct Selector<'a, 'd> {
     queue: Vec<FuncId>,
     pieces: Vec<Piece>,
     piece_at: HashMap<(u64, bool), (usize, i64)>,
+    /// The stub of each import that has one.
+    stub_of: HashMap<&'d str, usize>,
+    /// The old functions of each body, once somebody asks.
+    bodies: Option<FastMap<&'a [u8], Vec<FuncId>>>,
     /// Old functions whose address the patch takes.
     address_taken: BTreeSet<FuncId>,
     /// New functions whose address the patch takes.
@@ -374,6 +391,7 @@ impl<'d> Selector<'_, 'd> {
             self.refuse("overlap", func.name(), message, "give it a .size directive in both builds");
         }
         self.join_touching(lifted);
+        let walked = walked(new, lifted);
         let mut fixups = Vec::new();
         let mut bytes = lifted.masked.clone();
         for r in &lifted.refs {
@@ -385,7 +403,7 @@ impl<'d> Selector<'_, 'd> {
                 continue;
             }
             let Some(to) = self.bind_ref(r, g) else { continue };
-            self.check_end(g, r, to);
+            self.check_end(g, r, to, &walked);
             let store = match r.field {
                 Field::Rel32 => Store::Pc32(-i64::from(r.end - r.at)),
                 Field::Rel8 => Store::Pc8,
@@ -434,7 +452,7 @@ impl<'d> Selector<'_, 'd> {
 
     /// An address without a name that is the start of one thing may be meant as the end of the one before it, if
     /// the function walks that one. Fine where both readings give the same address, refused otherwise.
-    fn check_end(&mut self, g: FuncId, r: &crate::lift::Ref<'d>, to: Bound) {
+    fn check_end(&mut self, g: FuncId, r: &crate::lift::Ref<'d>, to: Bound, walked: &HashSet<ObjId>) {
         let new = self.new;
         let start = new.build.func(g).addr;
         let named = new
@@ -462,11 +480,7 @@ impl<'d> Selector<'_, 'd> {
         }
         let Some(before) = new.build.object_at(at - 1) else { return };
         let object = new.build.object(before);
-        let walks = new.lifted[g as usize].refs.iter().any(|s| {
-            s.access != Access::Branch
-                && !matches!(s.access, Access::Exact(_))
-                && matches!(s.target, Target::Object(id, offset) if id == before && offset >= 0 && offset.cast_unsigned() < object.size)
-        });
+        let walks = walked.contains(&before);
         let steps_back =
             u32::try_from(object.size).is_ok_and(|n| new.lifted[g as usize].numbers.binary_search(&n).is_ok());
         // A number as large as a small variable may be anything.
@@ -518,11 +532,16 @@ impl<'d> Selector<'_, 'd> {
 
     /// Whether a new function without old version has the body of an unchanged old one.
     fn same_body(&mut self, g: FuncId) -> Option<FuncId> {
-        let code = &self.new.lifted[g as usize].masked;
-        let candidates: Vec<FuncId> = (0..self.old.lifted.len() as FuncId)
-            .filter(|f| self.old.lifted[*f as usize].masked == *code && !self.diff.changed.contains_key(f))
-            .collect();
-        candidates.into_iter().find(|f| self.comparer.func_bodies(*f, g))
+        let old = self.old;
+        let bodies = self.bodies.get_or_insert_with(|| {
+            let mut bodies: FastMap<&[u8], Vec<FuncId>> = FastMap::default();
+            for (f, lifted) in old.lifted.iter().enumerate() {
+                bodies.entry(&lifted.masked).or_default().push(f as FuncId);
+            }
+            bodies
+        });
+        let equal = bodies.get(&self.new.lifted[g as usize].masked[..]).cloned().unwrap_or_default();
+        equal.into_iter().filter(|f| !self.diff.changed.contains_key(f)).find(|f| self.comparer.func_bodies(*f, g))
     }
 
     fn branch_or_address(access: Access) -> bool {

@@ -69,10 +69,10 @@ pub fn main(args: DiffArgs) -> Result<ExitCode, CargoError> {
         .output
         .unwrap_or_else(|| format!("{}-{from}-{}.so", new.entry.record.name, short(&new.entry.record.build_id)).into());
     let stem = output.file_stem().map_or_else(|| "patch".into(), |s| s.to_string_lossy().into_owned());
-    let (json, html) = (args.common.json, args.common.html.clone());
+    let how = args.common.how();
     let mut options = args.common.options(old, new.entry.image(), args.name.unwrap_or(stem));
     options.maps = (options.maps.0.or(old_map), options.maps.1.or_else(|| new.entry.map()));
-    Ok(build(&options, Some(&output), html.as_deref(), json))
+    Ok(build(&options, Some(&output), how))
 }
 
 /// The image that the base stands for, its map, and its record.
