@@ -215,8 +215,7 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
         layouts: &contract.layouts_used,
     };
     let said = (types, contract.notes);
-    let (report, detail) =
-        meter.phase("report", || explain(&both, &options.name, refusals, emitted.as_ref(), said));
+    let (report, detail) = meter.phase("report", || explain(&both, &options.name, refusals, emitted.as_ref(), said));
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
     Ok(Outcome { report, detail, patch, cost: meter.finish() })
 }

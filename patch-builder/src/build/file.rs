@@ -58,7 +58,7 @@ impl FileBytes {
         let needless = needless(&file, len as u64).unwrap_or_default();
         let (mut rest, mut at) = (&mut map[..len], 0);
         let mut chunks: Vec<(u64, &mut [u8])> = Vec::new();
-        for skip in needless.into_iter().chain([len..len]) {
+        for skip in needless.into_iter().chain(std::iter::once(len..len)) {
             let (wanted, tail) = rest.split_at_mut(skip.start.saturating_sub(at));
             chunks.extend(wanted.chunks_mut(CHUNK).enumerate().map(|(i, c)| ((at + i * CHUNK) as u64, c)));
             let gap = skip.end - skip.start.max(at);
@@ -137,7 +137,7 @@ mod tests {
         let skipped = needless(&file, whole.len() as u64).expect("an ordinary ELF file");
         assert!(!skipped.is_empty(), "a test binary has debug information that nobody looks at");
         let mut at = 0;
-        for skip in skipped.iter().cloned().chain([whole.len()..whole.len()]) {
+        for skip in skipped.iter().cloned().chain(std::iter::once(whole.len()..whole.len())) {
             assert!(read[at..skip.start] == whole[at..skip.start], "from {at:#x}");
             at = skip.end;
         }

@@ -32,7 +32,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Only report what differs
-    Diff(build::DiffArgs),
+    Diff(Box<build::DiffArgs>),
     /// What a patch holds
     Inspect(inspect::InspectArgs),
     /// What to ask of the build
@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     match args.command {
         None => build::main(args.build),
-        Some(Command::Diff(args)) => build::diff(args),
+        Some(Command::Diff(args)) => build::diff(*args),
         Some(Command::Inspect(args)) => inspect::main(&args),
         Some(Command::Flags(args)) => flags::main(&args),
         Some(Command::Wrap(args)) => wrap::main(&args),
