@@ -74,6 +74,26 @@ impl Marks<'_> {
     }
 }
 
+/// What the tables of distances that code refers to lead to, besides code: strings, for one.
+fn pointed_by_tables(build: &Build<'_>, tables: &[u64]) -> Vec<u64> {
+    let is_entry = |at: u64| build.relocs_in(at, 1).iter().any(|r| r.kind == R_PC32);
+    let mut starts: Vec<u64> = tables.iter().copied().filter(|at| is_entry(*at)).collect();
+    starts.sort_unstable();
+    starts.dedup();
+    let mut out = Vec::new();
+    for (i, start) in starts.iter().enumerate() {
+        let next = starts.get(i + 1).copied().unwrap_or(u64::MAX);
+        for at in (*start..next).step_by(4).take_while(|at| is_entry(*at)) {
+            let Some(entry) = build.bytes(at, 4).and_then(|b| b.try_into().ok()).map(i32::from_le_bytes) else { break };
+            let to = start.wrapping_add_signed(i64::from(entry));
+            if build.section_at(to).is_some_and(|s| !s.exec) {
+                out.push(to);
+            }
+        }
+    }
+    out
+}
+
 impl<'d> Side<'d> {
     /// Lifts a build.
     #[must_use]
@@ -99,6 +119,7 @@ impl<'d> Side<'d> {
                 }
             }
         }
+        soft_bounds.extend(pointed_by_tables(&build, &named_by_code));
         soft_bounds.sort_unstable();
         soft_bounds.dedup();
         named_by_code.sort_unstable();

@@ -193,6 +193,10 @@ impl<'d> Build<'d> {
             DynKind::Relative(to) => Some(to),
             _ => None,
         }));
+        // In an image that is linked to fixed addresses, pointers in data need no dynamic relocation.
+        let absolute = |r: &&Reloc| matches!(r.kind, 1 | 10 | 11) && self.section_at(r.at).is_some_and(|s| !s.exec);
+        let pointed = self.relocs.iter().filter(absolute).map(|r| self.rel_sym(r).value.wrapping_add_signed(r.addend));
+        self.soft_bounds.extend(pointed.collect::<Vec<u64>>());
         for section in &self.sections {
             bounds.push(section.addr);
             bounds.push(section.addr + section.size);
