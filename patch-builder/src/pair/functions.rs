@@ -58,7 +58,7 @@ impl<'a, 'd> Functions<'a, 'd> {
             for (id, all) in kins.iter() {
                 for (name, k) in side.build.func(id).names.iter().zip(all) {
                     let group = groups.entry((k.exact, k.file)).or_default();
-                    if is_old { &mut group.0 } else { &mut group.1 }.push((id, name.text));
+                    if is_old { &mut group.0 } else { &mut group.1 }.push((id, unpromoted(name.text)));
                 }
             }
         }
@@ -79,10 +79,10 @@ impl<'a, 'd> Functions<'a, 'd> {
                 let key = (k.exact, k.file);
                 let Some((a, b)) = groups.get(&key) else { continue };
                 let new_id = match (&a[..], &b[..]) {
-                    ([_], [(n, text)]) if *text == name.text => *n,
+                    ([_], [(n, text)]) if *text == unpromoted(name.text) => *n,
                     // Instances of a generic function; closures are numbered by their hashes, too.
                     _ if k.legacy && !name.text.contains("closure") => {
-                        let Some(n) = same_texts.get(&key).and_then(|news| news.get(name.text)) else { continue };
+                        let Some(n) = same_texts.get(&key).and_then(|news| news.get(unpromoted(name.text))) else { continue };
                         *n
                     }
                     _ => continue,
@@ -274,4 +274,9 @@ impl Candidates {
 fn is_copied(build: &Build<'_>, id: FuncId) -> bool {
     let name = build.func(id).name();
     build.rust && (name.starts_with("_R") || name.starts_with("_ZN"))
+}
+
+/// A name without what link-time optimisation appends when it lets another unit see it: the unit, which is not the function's own.
+fn unpromoted(name: &str) -> &str {
+    name.split_once(".llvm.").map_or(name, |(own, _)| own)
 }
