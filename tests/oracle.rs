@@ -141,7 +141,9 @@ impl Toolchain {
             ])
             .arg(&src);
         // by its own path, which `__FILE__` shows
-        units.iter().for_each(|u| drop(command.arg(format!("../src/{u}"))));
+        for u in &units {
+            command.arg(format!("../src/{u}"));
+        }
         succeeds(&mut command);
         (out, units.iter().map(|u| u.replace(".c", ".o")).collect())
     }

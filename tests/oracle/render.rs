@@ -159,9 +159,13 @@ fn calls(p: &Program) -> String {
         let _ = writeln!(out, "  case {i}: return {what};");
     }
     out += "  }\n  return 0;\n}\nNOINLINE void reset(u64 seed) {\n";
-    (0..p.units).for_each(|u| drop(writeln!(out, "  reset{u}(seed + {u});")));
+    for u in 0..p.units {
+        let _ = writeln!(out, "  reset{u}(seed + {u});");
+    }
     out += "}\nNOINLINE u64 digest(void) {\n  u64 h = 0;\n";
-    (0..p.units).for_each(|u| drop(writeln!(out, "  h = h * 31 + digest{u}();")));
+    for u in 0..p.units {
+        let _ = writeln!(out, "  h = h * 31 + digest{u}();");
+    }
     out += "  return h;\n}\n";
     out
 }
