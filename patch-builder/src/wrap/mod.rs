@@ -169,7 +169,7 @@ pub fn run(store: &Path, command: &[OsString]) -> Result<Wrapped, String> {
     let seen: Vec<Seen> = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
     if seen.is_empty() {
         notes.push(
-            "no link was seen. Was everything up to date (make clean)? Is the compiler called by its full path (CMakeCache.txt, CC=/usr/bin/gcc)?"
+            "no link was seen, other than tests of a configure script. Was everything up to date (make clean)? Is the compiler called by its full path (CMakeCache.txt, CC=/usr/bin/gcc)?"
                 .into(),
         );
     }
