@@ -263,8 +263,9 @@ impl<'a, 'd> Lifter<'a, 'd> {
             self.out.numbers.extend(u32::try_from(distance).ok().filter(|n| *n < 1 << 16));
         }
         if offsets.has_immediate() && ins.op0_kind() != OpKind::NearBranch64 {
-            let last = ins.immediate(ins.op_count() - 1);
-            self.out.numbers.extend(u32::try_from(last).ok().filter(|n| *n < 1 << 16));
+            // The last operand need not be the immediate: `enter` has two, some vector instructions hide a register in it.
+            let last = ins.op_count().checked_sub(1).and_then(|i| ins.try_immediate(i).ok());
+            self.out.numbers.extend(last.and_then(|n| u32::try_from(n).ok()).filter(|n| *n < 1 << 16));
             let (place, width) = (offsets.immediate_offset(), offsets.immediate_size());
             self.constant(ins, place, width, relocs, &mut explained, false);
         }

@@ -130,3 +130,21 @@ fn damage_is_an_error_and_never_a_panic() {
     std::fs::remove_dir_all(dir).expect("the folder can be removed");
     verdict.expect("no damage may panic");
 }
+
+#[test]
+fn what_fuzzing_found_stays_mended() {
+    use patch_builder::build::Build;
+    use patch_builder::side::Side;
+
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/regressions/elf");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(&dir).expect("tests/fuzz/regressions/elf").map(|e| e.expect("an entry").path()) {
+        let bytes = std::fs::read(&entry).expect("a finding");
+        if let Ok(build) = Build::parse("fuzz", &bytes) {
+            let side = Side::new(build);
+            assert!(!side.lifted.is_empty(), "{}: nothing was lifted", entry.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 0, "no finding in {} is an ELF file any more", dir.display());
+}

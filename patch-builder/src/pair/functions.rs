@@ -82,7 +82,9 @@ impl<'a, 'd> Functions<'a, 'd> {
                     ([_], [(n, text)]) if *text == unpromoted(name.text) => *n,
                     // Instances of a generic function; closures are numbered by their hashes, too.
                     _ if k.legacy && !name.text.contains("closure") => {
-                        let Some(n) = same_texts.get(&key).and_then(|news| news.get(unpromoted(name.text))) else { continue };
+                        let Some(n) = same_texts.get(&key).and_then(|news| news.get(unpromoted(name.text))) else {
+                            continue;
+                        };
                         *n
                     }
                     _ => continue,
