@@ -1,7 +1,7 @@
 //! Builds of C and C++ as they are, with every linked image recorded.
 //!
 //! A folder of links to this program, named like the compilers, stands first in `PATH`. Each call of a compiler comes
-//! here ([`shim`]), is read ([`line`]), gets the flags that a diff needs unless it says otherwise, and runs the real
+//! here ([`shim`]), is read ([`mod@line`]), gets the flags that a diff needs unless it says otherwise, and runs the real
 //! compiler. Everything else of the build is untouched.
 
 pub mod line;
