@@ -175,7 +175,8 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
     refusals.extend(after.as_ref().and_then(|p| not_after(p, &old)));
     refusals.extend(selection.refusals.iter().cloned());
     let files = [(&*options.old, &old_bytes[..]), (&*options.new, &new_bytes[..])];
-    let contract = meter.phase("types", || contract(&old, &new, &pairing, &found, &selection, files));
+    let inputs = (&old, &new, &pairing, &found, &selection);
+    let contract = meter.phase("types", || contract(inputs, files, after.as_ref()));
     refusals.extend(contract.refusals.iter().cloned());
     let mut said = std::collections::BTreeSet::new();
     refusals.retain(|r| said.insert((r.rule.clone(), r.symbol.clone())));
@@ -183,7 +184,13 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
     let types = contract.summary(&allowances);
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {
-        let about = About { name: &options.name, allowances: &allowances, types: &types, after: after.as_ref() };
+        let about = About {
+            name: &options.name,
+            allowances: &allowances,
+            types: &types,
+            layouts: &contract.layouts,
+            after: after.as_ref(),
+        };
         match meter.phase("emit", || emit(&old, &new, &found, &selection, &about)) {
             Ok(e) => {
                 let meant = Meant {
@@ -222,19 +229,20 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
 
 /// Reads the types of both builds and compares them, if there is anything to patch.
 fn contract(
-    old: &Side<'_>,
-    new: &Side<'_>,
-    pairing: &crate::pairing::Pairing,
-    diff: &Diff,
-    selection: &Selection,
+    (old, new, pairing, diff, selection): (&Side<'_>, &Side<'_>, &crate::pairing::Pairing, &Diff, &Selection),
     files: [(&Path, &[u8]); 2],
+    after: Option<&PatchFile>,
 ) -> Contract {
     if selection.functions.is_empty() {
         return Contract::default();
     }
     let [(old_path, old_bytes), (new_path, new_bytes)] = files;
     let (a, b) = rayon::join(|| abi::read(old_path, old_bytes), || abi::read(new_path, new_bytes));
-    abi::check(abi::Inputs { old, new, pairing, diff, selection, files, types: [&a, &b] })
+    let mut contract = abi::check(abi::Inputs { old, new, pairing, diff, selection, files, types: [&a, &b] });
+    if let Some(previous) = after {
+        contract.refusals.extend(abi::after(&previous.manifest, &b));
+    }
+    contract
 }
 
 /// A small file as it is.

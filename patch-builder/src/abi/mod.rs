@@ -5,6 +5,7 @@
 //! old contract meets the new code. What a type is called, where it stands and
 //! how the compiler numbers it is no part of the contract.
 
+mod after;
 mod alive;
 mod beside;
 mod layout;
@@ -23,6 +24,7 @@ use crate::report::Refusal;
 use crate::select::Selection;
 use crate::side::Side;
 use crate::types::{Depth, LayoutRecord, NameId, Static, Types};
+pub use after::after;
 use numbered::Numbered;
 use same::Compare;
 
@@ -388,5 +390,7 @@ impl Guard<'_, '_> {
                 self.out.layouts.extend(records);
             }
         }
+        self.out.layouts.sort_by(|a, b| (&a.name, &a.digest).cmp(&(&b.name, &b.digest)));
+        self.out.layouts.dedup_by(|a, b| (&a.name, &a.digest) == (&b.name, &b.digest));
     }
 }

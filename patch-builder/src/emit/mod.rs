@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use livepatch::addr::ImageAddr;
 use livepatch::patch::{
-    self, BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, PatchFile, Status,
+    self, BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, PatchFile, Status, TypeLayout,
 };
 use sha2::{Digest, Sha256};
 
@@ -17,6 +17,7 @@ use crate::diff::Diff;
 use crate::report::Refusal;
 use crate::select::{Bound, Fixup, PieceKind, Selection, Store};
 use crate::side::Side;
+use crate::types::LayoutRecord;
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -113,8 +114,15 @@ pub struct About<'a> {
     pub allowances: &'a [String],
     /// What was done about types.
     pub types: &'a str,
+    /// The layouts that it brings.
+    pub layouts: &'a [LayoutRecord],
     /// The patch that it takes the place of.
     pub after: Option<&'a PatchFile>,
+}
+
+fn type_layout(record: &LayoutRecord) -> Option<TypeLayout> {
+    let digest = HexBytes::from_hex(&record.digest)?;
+    Some(TypeLayout { name: record.name.clone(), digest, layout: record.text.clone() })
 }
 
 /// Writes the patch.
@@ -235,6 +243,7 @@ pub fn emit(
     let mut manifest = manifest(old, new, diff, selection, &layout, about.name, &mut refusals);
     manifest.allowances = about.allowances.to_vec();
     manifest.types = about.types.to_owned();
+    manifest.layouts = about.layouts.iter().filter_map(type_layout).collect();
     if !refusals.is_empty() {
         return Err(refusals);
     }
