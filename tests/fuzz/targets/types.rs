@@ -14,7 +14,11 @@ const BUILDS: [&[u8]; 3] =
 fn places(bytes: &[u8]) -> Vec<(usize, usize)> {
     let file = object::File::parse(bytes).expect("the stored build is whole");
     let debug = file.sections().filter(|s| s.name().is_ok_and(|n| n.starts_with(".debug_")));
-    debug.filter_map(|s| s.file_range()).filter(|(_, len)| *len > 0).map(|(at, len)| (at as usize, len as usize)).collect()
+    debug
+        .filter_map(|s| s.file_range())
+        .filter(|(_, len)| *len > 0)
+        .map(|(at, len)| (at as usize, len as usize))
+        .collect()
 }
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
