@@ -301,17 +301,21 @@ impl Guard<'_, '_> {
     fn trait_tables(&mut self) {
         const MARK: &str = "::{vtable}";
         let [old, new] = self.inputs.types;
-        let news: HashMap<&str, &Static> =
-            new.statics.iter().map(|s| (new.name(s.name), s)).filter(|(n, _)| n.ends_with(MARK)).collect();
+        // Each unit may have a table of its own, with other copies of the methods, or bodies merged with others.
+        let mut news: HashMap<&str, Vec<&Static>> = HashMap::new();
+        for s in new.statics.iter().filter(|s| new.name(s.name).ends_with(MARK)) {
+            news.entry(new.name(s.name)).or_default().push(s);
+        }
         let mut found = BTreeMap::new();
         for s in old.statics.iter().filter(|s| old.name(s.name).ends_with(MARK)) {
             let name = old.name(s.name);
             let (translated, certain) = self.compare.translate(name);
-            let Some(other) = news.get(translated.as_str()).filter(|_| certain) else { continue };
+            let Some(others) = news.get(translated.as_str()).filter(|_| certain) else { continue };
             let sides = (self.inputs.old, self.inputs.new);
-            let differs = vtable::compare(&self.compare, sides, self.inputs.pairing, (s, other));
-            if !differs.is_empty() {
-                found.entry(name.trim_end_matches(MARK).to_owned()).or_insert(differs);
+            let compare = |other| vtable::compare(&self.compare, sides, self.inputs.pairing, (s, other));
+            let nearest = others.iter().map(|other| compare(other)).min_by_key(Vec::len).unwrap_or_default();
+            if !nearest.is_empty() {
+                found.entry(name.trim_end_matches(MARK).to_owned()).or_insert(nearest);
             }
         }
         for (name, differs) in found {
