@@ -92,8 +92,16 @@ fn is_right(bytes: &[u8], patch: &PatchFile, new_bytes: &[u8]) -> Result<(), Str
         placed.insert(id, f.new_at);
     }
     let manifest = &patch.manifest;
-    let meant =
-        Meant { old: &old, new: &new, pairing: &pairing, diff: &found, manifest, placed: &placed, foreign: &[] };
+    let meant = Meant {
+        old: &old,
+        new: &new,
+        pairing: &pairing,
+        diff: &found,
+        manifest,
+        placed: &placed,
+        foreign: &[],
+        after: None,
+    };
     verify(bytes, meant).map_err(|e| e.to_string())
 }
 
