@@ -189,6 +189,7 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
             allowances: &allowances,
             types: &types,
             layouts: &contract.layouts,
+            statics: &contract.statics,
             after: after.as_ref(),
         };
         match meter.phase("emit", || emit(&old, &new, &found, &selection, &about)) {
@@ -241,6 +242,7 @@ fn contract(
     let mut contract = abi::check(abi::Inputs { old, new, pairing, diff, selection, files, types: [&a, &b] });
     if let Some(previous) = after {
         contract.refusals.extend(abi::after(&previous.manifest, &b));
+        contract.refusals.extend(abi::living(&previous.manifest, &b, &new.build, &selection.living));
     }
     contract
 }

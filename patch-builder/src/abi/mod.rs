@@ -21,10 +21,10 @@ use crate::build::{demangle, FuncId};
 use crate::diff::Diff;
 use crate::pairing::Pairing;
 use crate::report::Refusal;
-use crate::select::Selection;
+use crate::select::{PieceKind, Selection};
 use crate::side::Side;
 use crate::types::{Depth, LayoutRecord, NameId, Static, Types};
-pub use after::after;
+pub use after::{after, living};
 use numbered::Numbered;
 use same::Compare;
 
@@ -62,6 +62,8 @@ pub struct Contract {
     pub compared_signatures: usize,
     /// Layouts that the new build has and the old one has not: what the patch brings.
     pub layouts: Vec<LayoutRecord>,
+    /// The digest of the type of each new static, by its place in the new build; without those whose type is unknown.
+    pub statics: BTreeMap<u64, String>,
 }
 
 impl Contract {
@@ -396,5 +398,8 @@ impl Guard<'_, '_> {
         }
         self.out.layouts.sort_by(|a, b| (&a.name, &a.digest).cmp(&(&b.name, &b.digest)));
         self.out.layouts.dedup_by(|a, b| (&a.name, &a.digest) == (&b.name, &b.digest));
+        let pieces = self.inputs.selection.pieces.iter().filter(|p| p.kind == PieceKind::Static);
+        let digests = after::types_at(new, pieces.filter_map(|p| p.from).collect());
+        self.out.statics = digests.into_iter().map(|(at, ty)| (at, new.type_digest(ty))).collect();
     }
 }

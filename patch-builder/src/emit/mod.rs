@@ -116,6 +116,8 @@ pub struct About<'a> {
     pub types: &'a str,
     /// The layouts that it brings.
     pub layouts: &'a [LayoutRecord],
+    /// The digest of the type of each new static, by its place in the new build.
+    pub statics: &'a BTreeMap<u64, String>,
     /// The patch that it takes the place of.
     pub after: Option<&'a PatchFile>,
 }
@@ -240,7 +242,7 @@ pub fn emit(
     let bss = Part { name: ".bss", at: data_end, len: bss_end - data_end, ..Part::default() };
     parts.push(bss);
     let mut refusals = writer.errors;
-    let mut manifest = manifest(old, new, diff, selection, &layout, about.name, &mut refusals);
+    let mut manifest = manifest(old, new, diff, selection, &layout, about, &mut refusals);
     manifest.allowances = about.allowances.to_vec();
     manifest.types = about.types.to_owned();
     manifest.layouts = about.layouts.iter().filter_map(type_layout).collect();
@@ -444,7 +446,7 @@ fn manifest(
     diff: &Diff,
     selection: &Selection,
     layout: &Layout<'_, '_>,
-    name: &str,
+    about: &About<'_>,
     refusals: &mut Vec<Refusal>,
 ) -> Manifest {
     let mut functions = Vec::new();
@@ -528,7 +530,7 @@ fn manifest(
             file: p.file.clone(),
             at: layout.pieces[i],
             size: p.bytes.len() as u64,
-            type_digest: None,
+            type_digest: p.from.and_then(|at| HexBytes::from_hex(about.statics.get(&at)?)),
         });
     let hooks = selection.hooks.iter().filter_map(|(kind, to)| {
         let (OutTarget::Patch(at), _) = layout.address(*to)? else { return None };
@@ -543,7 +545,7 @@ fn manifest(
         .any(|d| matches!(d.kind, crate::build::DynKind::Import(n, _) if unwinder.contains(&n)));
     Manifest {
         format: patch::FORMAT_VERSION,
-        name: name.to_owned(),
+        name: about.name.to_owned(),
         builder: format!("patch-builder {}", env!("CARGO_PKG_VERSION")),
         target: BuildRef { build_id: HexBytes(old.build.build_id.clone()), file: file_name(&old.build.path) },
         new: BuildRef { build_id: HexBytes(new.build.build_id.clone()), file: file_name(&new.build.path) },

@@ -35,8 +35,9 @@ impl<'d> Selector<'_, 'd> {
     }
 
     /// Every static of the previous patch must be in the new build, the same and only once: its value is alive.
-    pub(super) fn living_statics(&mut self) {
-        let Some(patch) = self.after.as_ref().map(|a| a.patch) else { return };
+    pub(super) fn living_statics(&mut self) -> Vec<(usize, ObjId)> {
+        let mut out = Vec::new();
+        let Some(patch) = self.after.as_ref().map(|a| a.patch) else { return out };
         for (index, s) in patch.manifest.statics.iter().enumerate() {
             if s.file.as_deref() == Some(OF_HOOKS) {
                 continue; // of its own hooks, which end with it
@@ -47,9 +48,12 @@ impl<'d> Selector<'_, 'd> {
                     let message =
                         format!("{} has {} bytes in the applied patch and {size} in the new build", s.name, s.size);
                     self.refuse("after", &s.name, message, RESTART);
+                } else {
+                    out.push((index, id));
                 }
             }
         }
+        out
     }
 
     /// The new build's data symbol that a static of the previous patch is; refuses if there is none or several.

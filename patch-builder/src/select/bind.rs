@@ -197,7 +197,7 @@ impl<'d> Selector<'_, 'd> {
         let align = 1u64 << at.trailing_zeros().min(if kind == PieceKind::Static { 12 } else { 6 });
         let bytes = bytes.unwrap_or_default();
         let short = (bytes.len() as u64) < len || len == 0;
-        let piece = Piece { kind, name: demangle(name), file, align, bytes, fixups: Vec::new() };
+        let piece = Piece { kind, name: demangle(name), file, from: Some(at), align, bytes, fixups: Vec::new() };
         self.pieces.push(piece);
         self.piece_at.insert((at, false), (index, 0));
         if short {

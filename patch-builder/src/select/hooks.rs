@@ -108,6 +108,7 @@ impl<'d> Selector<'_, 'd> {
             kind,
             name: symbol.map_or(name, |s| s.name.clone()),
             file: Some(OF_HOOKS.into()),
+            from: None,
             align: section.align,
             bytes: section.bytes.clone(),
             fixups: Vec::new(),
@@ -200,7 +201,15 @@ impl<'d> Selector<'_, 'd> {
         let name = format!("slot of {name}");
         let known = self.pieces.iter().position(|p| p.kind == PieceKind::Slot && p.name == name);
         let piece = known.unwrap_or_else(|| {
-            self.pieces.push(Piece { kind: PieceKind::Slot, name, file: None, align: 8, bytes: vec![0; 8], fixups });
+            self.pieces.push(Piece {
+                kind: PieceKind::Slot,
+                name,
+                file: None,
+                from: None,
+                align: 8,
+                bytes: vec![0; 8],
+                fixups,
+            });
             self.pieces.len() - 1
         });
         Bound::Piece(piece, 0)

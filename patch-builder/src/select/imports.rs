@@ -55,7 +55,15 @@ impl<'d> Selector<'_, 'd> {
             let fixups = vec![Fixup { at: 2, store: Store::Pc32(-4), to: slot }];
             // jmp qword ptr [rip + slot]
             let bytes = vec![0xff, 0x25, 0, 0, 0, 0];
-            self.pieces.push(Piece { kind: PieceKind::Stub, name: name.into(), file: None, align: 16, bytes, fixups });
+            self.pieces.push(Piece {
+                kind: PieceKind::Stub,
+                name: name.into(),
+                file: None,
+                from: None,
+                align: 16,
+                bytes,
+                fixups,
+            });
             self.pieces.len() - 1
         });
         self.stub_of.insert(name, piece);
@@ -73,7 +81,15 @@ impl<'d> Selector<'_, 'd> {
         let piece = known.unwrap_or_else(|| {
             let fixups = vec![Fixup { at: 0, store: Store::Abs64, to: Bound::Import(import, 0) }];
             let bytes = vec![0; 8];
-            self.pieces.push(Piece { kind: PieceKind::Slot, name: name.into(), file: None, align: 8, bytes, fixups });
+            self.pieces.push(Piece {
+                kind: PieceKind::Slot,
+                name: name.into(),
+                file: None,
+                from: None,
+                align: 8,
+                bytes,
+                fixups,
+            });
             self.pieces.len() - 1
         });
         Some(Bound::Piece(piece, 0))

@@ -92,6 +92,8 @@ pub struct Piece {
     pub name: String,
     /// The source file, for a local static.
     pub file: Option<String>,
+    /// Where it is in the new build; `None` if it is of another object.
+    pub from: Option<u64>,
     /// Alignment in bytes, a power of two.
     pub align: u64,
     /// Its bytes; all zero for `.bss`.
@@ -210,6 +212,8 @@ pub struct Selection {
     pub frames: Vec<ForeignFrame>,
     /// Functions of the previous patch, by index in its manifest, that lead to carried ones.
     pub redirects: Vec<(usize, FuncId)>,
+    /// Statics of the previous patch, by index in its manifest, and what they are in the new build.
+    pub living: Vec<(usize, ObjId)>,
     /// How each replaced old function's entry is treated.
     pub entries: BTreeMap<FuncId, EntryPlan>,
     /// Reasons not to write it.
@@ -254,7 +258,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
         s.hooks_of_object(object);
         s.carry_all();
     }
-    s.living_statics();
+    let living = s.living_statics();
     let entries = jumps::plan(old, new, diff, &s.functions, &s.address_taken, &mut s.refusals);
     s.refusals.sort_by(|a, b| (&a.rule, &a.symbol, &a.message).cmp(&(&b.rule, &b.symbol, &b.message)));
     s.refusals.dedup();
@@ -270,6 +274,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
         foreign: s.foreign,
         frames: s.frames,
         redirects: s.redirects,
+        living,
         entries,
         refusals: s.refusals,
     }

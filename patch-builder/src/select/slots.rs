@@ -90,7 +90,7 @@ impl<'d> Selector<'_, 'd> {
         }
         let index = self.pieces.len();
         let (kind, name) = (PieceKind::Slot, "slot".to_owned());
-        self.pieces.push(Piece { kind, name, file: None, align: 8, bytes: vec![0; 8], fixups });
+        self.pieces.push(Piece { kind, name, file: None, from: None, align: 8, bytes: vec![0; 8], fixups });
         self.piece_at.insert((at, true), (index, 0));
         index
     }

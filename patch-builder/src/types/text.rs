@@ -155,7 +155,10 @@ impl Types {
     /// The names of what a layout holds by value.
     fn held(&self, layout: &Layout) -> Vec<NameId> {
         let arms = layout.variants.iter().flat_map(|v| v.arms.iter().map(|a| &a.field));
-        let mut open: Vec<TyId> = layout.fields.iter().chain(arms).map(|f| f.ty).collect();
+        self.held_in(layout.fields.iter().chain(arms).map(|f| f.ty).collect())
+    }
+
+    fn held_in(&self, mut open: Vec<TyId>) -> Vec<NameId> {
         let mut out = Vec::new();
         while let Some(ty) = open.pop() {
             match self.ty(ty) {
@@ -172,27 +175,41 @@ impl Types {
     #[must_use]
     pub fn record(&self, name: NameId, def: &Def) -> LayoutRecord {
         let name = self.name(name).to_owned();
-        let flat = |name: &str, layout: &Layout| {
-            let text = self.layout_text(name, layout);
-            text.lines.iter().fold(text.head, |out, (at, what)| format!("{out}\n{at} {what}"))
-        };
-        let text = flat(&name, &def.layout);
-        // With everything that it consists of, each once.
+        let text = self.flat(&name, &def.layout);
+        let digest = self.digest(&text, self.held(&def.layout));
+        let source = def.files.first().map_or_else(String::new, |at| self.place(*at));
+        LayoutRecord { name, digest, text, source }
+    }
+
+    /// 32 hex digits over a type and everything that it holds by value: equal for equal types in any build.
+    #[must_use]
+    pub fn type_digest(&self, ty: TyId) -> String {
+        let mut text = self.show(ty);
+        if let Ty::Base(_, encoding, size) = self.ty(ty) {
+            text += &format!(", {size} bytes of kind {encoding}");
+        }
+        self.digest(&text, self.held_in(vec![ty]))
+    }
+
+    fn flat(&self, name: &str, layout: &Layout) -> String {
+        let text = self.layout_text(name, layout);
+        text.lines.iter().fold(text.head, |out, (at, what)| format!("{out}\n{at} {what}"))
+    }
+
+    /// Of a text and of everything that its types consist of, each once.
+    fn digest(&self, text: &str, mut open: Vec<NameId>) -> String {
         let mut hasher = Sha256::new_with_prefix(text.as_bytes());
-        let (mut open, mut seen) = (self.held(&def.layout), BTreeSet::new());
+        let mut seen = BTreeSet::new();
         while let Some(part) = open.pop() {
             if !seen.insert(part) {
                 continue;
             }
             for d in self.defs(part) {
-                hasher.update(flat(self.name(part), &d.layout));
+                hasher.update(self.flat(self.name(part), &d.layout));
                 open.extend(self.held(&d.layout));
             }
         }
-        let digest = hasher.finalize();
-        let digest = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
-        let source = def.files.first().map_or_else(String::new, |at| self.place(*at));
-        LayoutRecord { name, digest, text, source }
+        hasher.finalize().iter().take(16).map(|b| format!("{b:02x}")).collect()
     }
 }
 
