@@ -204,7 +204,7 @@ impl<'d> Side<'d> {
             // A tail-merged string: its end is its terminator.
             let limit = self.build.section_at(addr).map_or(hard, |s| s.addr + s.size);
             let bytes = self.build.bytes(addr, limit - addr).unwrap_or(&[]);
-            return bytes.iter().position(|b| *b == 0).map_or(hard, |at| addr + at as u64 + 1);
+            return memchr::memchr(0, bytes).map_or(hard, |at| addr + at as u64 + 1);
         }
         if soft == hard {
             return soft;

@@ -6,6 +6,7 @@
 //! container and in no type-erased object. In C and C++ any pointer to it
 //! other than a parameter denies it.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::build::{DynKind, FuncId};
@@ -41,12 +42,14 @@ pub struct Alive<'a, 'd> {
     build: Build<'a, 'd>,
     /// Functions in whose frames no old object can be when the patch goes in.
     covered: BTreeSet<FuncId>,
+    /// The definitions that mention each name, once somebody asks.
+    mentioned_by: OnceCell<HashMap<NameId, Vec<NameId>>>,
 }
 
 impl<'a, 'd> Alive<'a, 'd> {
     pub fn new(build: Build<'a, 'd>) -> Self {
         let covered = covered(build.side, &build.patched);
-        Self { build, covered }
+        Self { build, covered, mentioned_by: OnceCell::new() }
     }
 
     /// Why objects of the type `root`, defined at `place`, may be alive; `None` if that is ruled out.
@@ -59,22 +62,8 @@ impl<'a, 'd> Alive<'a, 'd> {
         let foreign: BTreeSet<u32> =
             other.iter().flat_map(|d| d.units.iter().copied()).filter(|u| !own.contains(u)).collect();
         // Types that hold one, and (in Rust) types that borrow one: they must not outlive the calls, either.
-        let mut within: HashSet<NameId> = HashSet::from([root]);
         let defined = types.defined();
-        loop {
-            let mut grown = false;
-            for name in &defined {
-                let wide = types.name(*name).starts_with('&');
-                if within.contains(name) || !types.defs(*name).iter().any(|d| self.holds(&d.layout, &within, wide)) {
-                    continue;
-                }
-                within.insert(*name);
-                grown = true;
-            }
-            if !grown {
-                break;
-            }
-        }
+        let within = self.holders(root, &defined);
         let mut names: Vec<NameId> = within.iter().copied().collect();
         names.sort_unstable_by(|a, b| types.name(*a).cmp(types.name(*b)));
         self.in_state_machine(&names)
@@ -85,6 +74,29 @@ impl<'a, 'd> Alive<'a, 'd> {
                 let cast = names.iter().find(|n| types.cast_to.contains(n))?;
                 Some(format!("something is cast to {}", types.name(*cast)))
             })
+    }
+
+    /// The type and what holds one, directly or not.
+    fn holders(&self, root: NameId, defined: &[NameId]) -> HashSet<NameId> {
+        let types = self.build.types;
+        let mut within: HashSet<NameId> = HashSet::from([root]);
+        let mentioned_by = self.mentioned_by.get_or_init(|| mentioned_by(types, defined));
+        // What was found since holders of it were looked for; at first, everything is looked at once.
+        let mut open: Vec<NameId> = Vec::new();
+        let look = |names: &[NameId], within: &mut HashSet<NameId>, open: &mut Vec<NameId>| {
+            for name in names {
+                let wide = types.name(*name).starts_with('&');
+                if !within.contains(name) && types.defs(*name).iter().any(|d| self.holds(&d.layout, within, wide)) {
+                    within.insert(*name);
+                    open.push(*name);
+                }
+            }
+        };
+        look(defined, &mut within, &mut open);
+        while let Some(found) = open.pop() {
+            look(mentioned_by.get(&found).map_or(&[][..], |v| v), &mut within, &mut open);
+        }
+        within
     }
 
     fn lead(&self, ty: TyId, within: &HashSet<NameId>, depth: u32) -> Lead {
@@ -276,15 +288,47 @@ fn covered(side: &Side<'_>, patched: &BTreeSet<FuncId>) -> BTreeSet<FuncId> {
     pointed(build.entry);
     let mut out: BTreeSet<FuncId> = callers.keys().copied().filter(|f| !open.contains(f)).collect();
     out.extend(patched);
-    loop {
-        let outside =
-            |f: &FuncId| !patched.contains(f) && callers.get(f).is_none_or(|by| by.iter().any(|h| !out.contains(h)));
-        let gone: Vec<FuncId> = out.iter().copied().filter(outside).collect();
-        if gone.is_empty() {
-            return out;
-        }
-        gone.iter().for_each(|f| {
-            out.remove(f);
-        });
+    // One that anything outside calls is outside, and so are then those that it calls.
+    let mut calls: HashMap<FuncId, Vec<FuncId>> = HashMap::new();
+    for (f, by) in &callers {
+        by.iter().for_each(|h| calls.entry(*h).or_default().push(*f));
     }
+    let is_outside = |f: &FuncId, out: &BTreeSet<FuncId>| {
+        !patched.contains(f) && callers.get(f).is_none_or(|by| by.iter().any(|h| !out.contains(h)))
+    };
+    let mut gone: Vec<FuncId> = out.iter().copied().filter(|f| is_outside(f, &out)).collect();
+    gone.iter().for_each(|f| {
+        out.remove(f);
+    });
+    while let Some(h) = gone.pop() {
+        for f in calls.get(&h).into_iter().flatten() {
+            if !patched.contains(f) && out.remove(f) {
+                gone.push(*f);
+            }
+        }
+    }
+    out
+}
+
+/// For each name, the names whose definitions mention it in any way.
+fn mentioned_by(types: &Types, defined: &[NameId]) -> HashMap<NameId, Vec<NameId>> {
+    let mut out: HashMap<NameId, Vec<NameId>> = HashMap::new();
+    for name in defined {
+        let mut open: Vec<TyId> = types.defs(*name).iter().flat_map(|d| fields(&d.layout)).map(|f| f.ty).collect();
+        let mut seen: HashSet<TyId> = HashSet::new();
+        while let Some(ty) = open.pop() {
+            if !seen.insert(ty) {
+                continue;
+            }
+            match types.ty(ty) {
+                Ty::Void | Ty::Base(..) | Ty::Opaque(_) => {}
+                Ty::Named(part) => out.entry(*part).or_default().push(*name),
+                Ty::Pointer(_, to) | Ty::Array(to, _) => open.push(*to),
+                Ty::Member(of, class) => open.extend([*of, *class]),
+                Ty::Function(s) => open.extend(s.params.iter().chain([&s.returns])),
+                Ty::Inline(layout) => open.extend(fields(layout).map(|f| f.ty)),
+            }
+        }
+    }
+    out
 }

@@ -6,6 +6,19 @@ use crate::build::{canonical, demangle, DynKind, FuncId, ObjId};
 use crate::compare::{place, type_slot, Place};
 use crate::lift::{Access, Ref, Target};
 
+/// A piece whose references are being looked for.
+pub(super) struct Filling {
+    index: usize,
+    /// Where its data is in the new build, and how long.
+    at: u64,
+    len: u64,
+    /// Where the tables in it begin, ascending.
+    bases: Vec<u64>,
+    /// How far it was looked at.
+    offset: u64,
+    fixups: Vec<Fixup>,
+}
+
 impl<'d> Selector<'_, 'd> {
     /// What a function's reference is bound to.
     pub(super) fn bind_ref(&mut self, r: &Ref<'d>, g: FuncId) -> Option<Bound> {
@@ -206,19 +219,33 @@ impl<'d> Selector<'_, 'd> {
             self.refuse("overlap", &name, message, "build with -fdata-sections, or give it a name and a size");
             return index;
         }
-        let base_is_place = kind == PieceKind::Lsda;
-        let mut fixups = Vec::new();
-        let mut offset = 0;
-        while offset < len {
+        self.open.push(Filling { index, at, len, bases: bases.to_vec(), offset: 0, fixups: Vec::new() });
+        if self.open.len() == 1 {
+            self.fill();
+        }
+        index
+    }
+
+    /// Finds what the pieces that were begun refer to. A piece that another one needs is filled before the rest of that,
+    /// as by recursion; but constants may be chained deeper than a stack reaches.
+    fn fill(&mut self) {
+        while let Some(top) = self.open.len().checked_sub(1) {
+            let Filling { index, at, offset, .. } = self.open[top];
+            if offset >= self.open[top].len {
+                self.pieces[index].fixups = self.open.pop().map(|f| f.fixups).unwrap_or_default();
+                continue;
+            }
             let here = at + offset;
+            let base_is_place = self.pieces[index].kind == PieceKind::Lsda;
             // A table of distances counts from where it begins.
-            let base = bases.iter().rev().find(|b| **b <= here).copied().unwrap_or(at);
+            let base = self.open[top].bases.iter().rev().find(|b| **b <= here).copied().unwrap_or(at);
             let what = place(self.new, here, if base_is_place { here } else { base });
             let from_base = if base_is_place { 0 } else { here - base };
-            offset += self.piece_place(index, offset, what, from_base, &mut fixups);
+            let mut fixups = std::mem::take(&mut self.open[top].fixups);
+            let step = self.piece_place(index, offset, what, from_base, &mut fixups);
+            let filling = &mut self.open[top];
+            (filling.fixups, filling.offset) = (fixups, offset + step);
         }
-        self.pieces[index].fixups = fixups;
-        index
     }
 
     /// One place of a piece; how many bytes it takes.

@@ -232,6 +232,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
         functions: BTreeMap::new(),
         queue: Vec::new(),
         pieces: Vec::new(),
+        open: Vec::new(),
         piece_at: HashMap::new(),
         stub_of: HashMap::new(),
         bodies: None,
@@ -303,6 +304,8 @@ struct Selector<'a, 'd> {
     functions: BTreeMap<FuncId, Carried>,
     queue: Vec<FuncId>,
     pieces: Vec<Piece>,
+    /// Pieces that are not whole yet, each but the first begun by the one before it.
+    open: Vec<bind::Filling>,
     piece_at: HashMap<(u64, bool), (usize, i64)>,
     /// The stub of each import that has one.
     stub_of: HashMap<&'d str, usize>,

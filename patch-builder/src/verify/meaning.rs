@@ -60,7 +60,7 @@ impl<'d> Check<'_, 'd> {
     }
 
     fn means_function(&mut self, actual: Actual, g: FuncId, offset: i64, access: Access) -> bool {
-        let Meant { old, new, pairing, diff, manifest, placed, .. } = self.meant;
+        let Meant { old, new, pairing, diff, placed, .. } = self.meant;
         let at = match actual {
             Actual::Patch(at) => return placed.get(&g).and_then(|p| p.checked_add_signed(offset)) == Some(at),
             Actual::Image(at) => at,
@@ -72,11 +72,7 @@ impl<'d> Check<'_, 'd> {
         let unchanged = !diff.changed.contains_key(&f);
         if pairing.is_pair(f, g) {
             // The old address of a changed function is its address, and its entry leads to the new code.
-            let jumps = || {
-                let of = manifest.functions.iter().filter_map(|m| m.old.as_ref());
-                of.filter(|o| o.at.0 == start).any(|o| o.entry.is_some())
-            };
-            return unchanged || offset == 0 && !Self::is_branch(access) && jumps();
+            return unchanged || offset == 0 && !Self::is_branch(access) && self.jumps.contains(&start);
         }
         let may_share = Self::is_branch(access) || new.build.rust;
         unchanged && may_share && pairing.func_olds(g).is_empty() && self.comparer.func_bodies(f, g)
@@ -197,10 +193,19 @@ impl<'d> Check<'_, 'd> {
         if !self.data.insert((p, at, len)) {
             return Ok(());
         }
-        let mut offset = 0;
-        while offset < len {
-            offset += self.one(p + offset, p, at + offset, at)?;
+        // What it refers to is compared after it, not inside of it: constants may be chained deeper than a stack reaches.
+        self.open.push((p, at, len));
+        if self.comparing {
+            return Ok(());
         }
+        self.comparing = true;
+        while let Some((p, at, len)) = self.open.pop() {
+            let mut offset = 0;
+            while offset < len {
+                offset += self.one(p + offset, p, at + offset, at)?;
+            }
+        }
+        self.comparing = false;
         Ok(())
     }
 

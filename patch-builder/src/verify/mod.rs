@@ -85,8 +85,18 @@ pub fn verify(bytes: &[u8], meant: Meant<'_, '_>) -> Verdict {
         meant,
         words: Words::new(&patch),
         comparer: Comparer::new(old, new, pairing, proof),
+        jumps: meant
+            .manifest
+            .functions
+            .iter()
+            .filter_map(|f| f.old.as_ref())
+            .filter(|o| o.entry.is_some())
+            .map(|o| o.at.0)
+            .collect(),
         objects: HashMap::new(),
         data: HashSet::new(),
+        open: Vec::new(),
+        comparing: false,
     };
     check.manifest()?;
     for (id, at) in meant.placed {
@@ -104,10 +114,16 @@ struct Check<'a, 'd> {
     meant: Meant<'a, 'd>,
     words: Words<'a>,
     comparer: Comparer<'a, 'd>,
+    /// The old functions whose entries lead to new code.
+    jumps: HashSet<u64>,
     /// Where each carried data symbol is: one place for each.
     objects: HashMap<ObjId, u64>,
     /// Data that was compared already: place in the patch, address in the new build, length.
     data: HashSet<(u64, u64, u64)>,
+    /// Data that is still to be compared.
+    open: Vec<(u64, u64, u64)>,
+    /// Whether somebody is at it.
+    comparing: bool,
 }
 
 impl<'d> Check<'_, 'd> {
@@ -116,10 +132,11 @@ impl<'d> Check<'_, 'd> {
         let Meant { old, new, pairing, diff, manifest, placed, .. } = self.meant;
         let sha = |id: FuncId| Sha256::digest(old.build.code(id)).to_vec();
         let mut replaced: HashMap<FuncId, u64> = HashMap::new();
+        let by_place: HashMap<u64, FuncId> = placed.iter().rev().map(|(g, at)| (*at, *g)).collect();
         for f in &manifest.functions {
-            let carried = placed.iter().find(|(_, at)| **at == f.new_at);
+            let carried = by_place.get(&f.new_at);
             let foreign = f.old.is_none() && self.is_foreign(f.new_at);
-            if !foreign && carried.is_none_or(|(g, _)| f.new_size < new.build.func(*g).size) {
+            if !foreign && carried.is_none_or(|g| f.new_size < new.build.func(*g).size) {
                 return Err(different(format!("{} in the manifest is not where it was placed", f.demangled)));
             }
             let Some(o) = &f.old else { continue };
@@ -217,8 +234,10 @@ impl<'d> Check<'_, 'd> {
     /// Every static of the manifest is new data of the new build, under its name, and none is missing.
     fn statics(&self) -> Verdict {
         let Meant { new, manifest, .. } = self.meant;
+        let by_place: HashMap<u64, ObjId> = self.objects.iter().map(|(id, at)| (*at, *id)).collect();
+        let listed: HashSet<u64> = manifest.statics.iter().map(|s| s.at).collect();
         for s in &manifest.statics {
-            let object = self.objects.iter().find(|(_, at)| **at == s.at).map(|(id, _)| new.build.object(*id));
+            let object = by_place.get(&s.at).map(|id| new.build.object(*id));
             let foreign = self.is_foreign(s.at);
             let same = object.is_some_and(|o| o.size == s.size && crate::build::demangle(o.name()) == s.name);
             if !foreign && !same {
@@ -226,8 +245,7 @@ impl<'d> Check<'_, 'd> {
             }
         }
         for (id, at) in &self.objects {
-            let listed = manifest.statics.iter().any(|s| s.at == *at);
-            if new.is_mutable(new.build.object(*id).addr) && !listed {
+            if new.is_mutable(new.build.object(*id).addr) && !listed.contains(at) {
                 return Err(different(format!("{} is not in the manifest's statics", new.build.object(*id).name())));
             }
         }
