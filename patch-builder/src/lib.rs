@@ -22,6 +22,7 @@ pub mod emit;
 pub mod explain;
 pub mod guard;
 pub mod lift;
+pub mod merged;
 pub mod pair;
 pub mod pairing;
 mod pipeline;

@@ -166,6 +166,7 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
     let found = meter.phase("compare", || diff(&old, &new, (&old_bytes, &new_bytes), &pairing, how));
     let mut refusals = meter.phase("guard", || {
         let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
+        refusals.extend(crate::merged::check(&old, &new, &pairing, &found));
         refusals.extend(crate::sets::check(&old, &new, &pairing, &found));
         refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
         refusals
