@@ -47,14 +47,18 @@ pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> 
 
 fn refusal(old: &Side<'_>, new: &Side<'_>, x: FuncId, h: FuncId) -> Refusal {
     let (symbol, other) = (demangle(new.build.func(h).name()), demangle(old.build.func(x).name()));
+    let remedy = format!(
+        "make the change in what calls through the address, or restart with the new build; if the old build had no such \
+         function: --allow 'merged:{symbol}'"
+    );
     Refusal {
-        rule: "icf".into(),
+        rule: "merged".into(),
         message: format!(
             "{symbol} is held by its address, and the old build may have merged it with {other}, which had the same code: \
              an address stored already leads there"
         ),
         symbol,
-        remedy: "make the change in what calls through the address, or restart with the new build".into(),
+        remedy,
         ..Refusal::default()
     }
 }

@@ -14,7 +14,8 @@ pub use text::Look;
 
 /// The refusals that may be overruled: what they protect is the meaning of data and the contract between old and new
 /// code, which somebody may know better.
-pub const ALLOWABLE: [&str; 10] = [
+pub const ALLOWABLE: [&str; 11] = [
+    "merged",
     "initial-value",
     "data-size",
     "constructor",
