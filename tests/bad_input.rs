@@ -182,6 +182,22 @@ fn swapped_old_and_new() -> Outcome {
 }
 
 #[test]
+fn two_programs() -> Outcome {
+    let dir = scratch("bad-input").join("two-programs");
+    std::fs::create_dir_all(&dir).map_err(|e| e.to_string())?;
+    let built = [("ledger", "return argc * 70;"), ("game", "return argc - 1;")].map(|(name, body)| {
+        let (source, image) = (dir.join(name).with_extension("c"), dir.join(name));
+        std::fs::write(&source, format!("int main(int argc, char **argv) {{ (void)argv; {body} }}\n"))
+            .expect("written");
+        let mut gcc = Command::new("gcc");
+        gcc.args(["-g", "-O2", "-Wl,--emit-relocs", "-Wl,--build-id", "-o"]).arg(&image).arg(source);
+        run(&mut gcc).expect_code(0).unwrap_or_else(|e| panic!("{e}"));
+        image
+    });
+    diff(&built[0], &built[1]).expect_code(3)?.expect_says(&["other-program", "ledger.c", "game.c"]).map(drop)
+}
+
+#[test]
 fn a_patch_for_another_build() -> Outcome {
     let ([old, _], _) = fee();
     let (_, [other_old, other_new]) = pair("c-float-constant");

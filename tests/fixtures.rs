@@ -62,7 +62,10 @@ fn rust_must_not_patch() {
 /// Checks those that `which` chooses, two at a time, and reports all that fail.
 fn check_all(which: impl Fn(&Fixture) -> bool) {
     let only = std::env::var("FIXTURE").unwrap_or_default();
-    let chosen: Vec<Fixture> = all().into_iter().filter(|f| which(f) && (only.is_empty() || f.name == only)).collect();
+    let chosen: Vec<Fixture> = all()
+        .into_iter()
+        .filter(|f| which(f) && (only.is_empty() || only.split(',').any(|name| name == f.name)))
+        .collect();
     let (lacking, chosen): (Vec<Fixture>, Vec<Fixture>) = chosen.into_iter().partition(|f| f.lacks().is_some());
     for f in &lacking {
         // Past the test harness, which keeps to itself what passing tests print.
@@ -112,6 +115,10 @@ fn check(f: &Fixture) -> Result<(), String> {
     let report = built.json()?;
     check_refusals(&f.refusals, &report, &built.stderr)?;
     check_noise(f, &report)?;
+    for words in &f.warnings {
+        let said = list(&report, "warnings").iter().any(|w| w.as_str().is_some_and(|w| w.contains(words.as_str())));
+        said.then_some(()).ok_or_else(|| format!("no warning says {words:?}: {}", report["warnings"]))?;
+    }
     if f.builder_exit() == 0 {
         check_functions(f, &report)?;
         check_data(f, &report)?;

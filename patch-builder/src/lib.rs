@@ -21,6 +21,7 @@ pub mod diff;
 pub mod emit;
 pub mod explain;
 pub mod guard;
+pub mod kin;
 pub mod lift;
 pub mod merged;
 pub mod pair;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use livepatch::patch::PatchFile;
 
 use crate::abi::{self, Contract};
-use crate::build::{Build, BuildError, FileBytes, Relocatable};
+use crate::build::{separate, Build, BuildError, FileBytes, Relocatable, Separate};
 use crate::cost::{Cost, Meter};
 use crate::diff::{diff, Diff, DiffOptions};
 use crate::emit::{emit, About};
@@ -147,6 +147,8 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
         }
         Ok(build)
     };
+    let apart = (separate(&options.old, &old_bytes), separate(&options.new, &new_bytes));
+    let debug = (debug_bytes(&apart.0, &old_bytes), debug_bytes(&apart.1, &new_bytes));
     let hooks = options.hooks.as_deref().map(hook_object).transpose()?;
     let after = options.after.as_deref().map(previous).transpose()?;
     let (old, new) = meter.phase("parse", || {
@@ -163,7 +165,7 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
     let (old, new) = meter.phase("lift", || rayon::join(|| Side::new(old), || Side::new(new)));
     let pairing = meter.phase("pair", || pair(&old, &new));
     let how = DiffOptions { strict_locations: options.strict_locations };
-    let found = meter.phase("compare", || diff(&old, &new, (&old_bytes, &new_bytes), &pairing, how));
+    let found = meter.phase("compare", || diff(&old, &new, debug, &pairing, how));
     let mut refusals = meter.phase("guard", || {
         let mut refusals = crate::guard::check(&old, &new, &pairing, &found);
         refusals.extend(crate::merged::check(&old, &new, &pairing, &found));
@@ -171,17 +173,22 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
         refusals.extend(crate::sets::unseen_users(&old, &new, &pairing, &found));
         refusals
     });
+    let kin = crate::kin::check(&old, &new, &pairing, debug);
+    refusals.extend(kin.refusals.iter().cloned());
     let extras = Extras { hooks: hooks.as_ref(), after: after.as_ref() };
     let selection = meter.phase("select", || select(&old, &new, &pairing, &found, extras));
     refusals.extend(after.as_ref().and_then(|p| not_after(p, &old)));
     refusals.extend(selection.refusals.iter().cloned());
-    let files = [(&*options.old, &old_bytes[..]), (&*options.new, &new_bytes[..])];
+    let files = [(&*options.old, debug.0), (&*options.new, debug.1)];
     let inputs = (&old, &new, &pairing, &found, &selection);
     let contract = meter.phase("types", || contract(inputs, files, after.as_ref()));
     refusals.extend(contract.refusals.iter().cloned());
     let mut said = std::collections::BTreeSet::new();
     refusals.retain(|r| said.insert((r.rule.clone(), r.symbol.clone())));
     let allowances = allow(&mut refusals, &options.allow);
+    if refusals.iter().any(|r| kin.refusals.contains(r)) {
+        refusals.retain(|r| kin.refusals.contains(r)); // the others are only what comes of it
+    }
     let types = contract.summary(&allowances);
     let mut emitted = None;
     if refusals.is_empty() && !selection.functions.is_empty() {
@@ -215,7 +222,7 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
     let both = Both {
         old: &old,
         new: &new,
-        bytes: (&old_bytes, &new_bytes),
+        bytes: debug,
         sources: (options.sources.0.as_deref(), options.sources.1.as_deref()),
         detailed: options.detailed,
         pairing: &pairing,
@@ -224,9 +231,27 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
         layouts: &contract.layouts_used,
     };
     let said = (types, contract.notes);
-    let (report, detail) = meter.phase("report", || explain(&both, &options.name, refusals, emitted.as_ref(), said));
+    let (mut report, detail) =
+        meter.phase("report", || explain(&both, &options.name, refusals, emitted.as_ref(), said));
+    report.warnings.splice(0..0, kin.warnings);
+    for (missing, of) in [(&apart.0, &options.old), (&apart.1, &options.new)] {
+        if let Separate::Missing(name) = missing {
+            let of = of.display();
+            report.warnings.push(format!(
+                "the debug information of {of} is in {name}, which is not found beside it (.gnu_debuglink)"
+            ));
+        }
+    }
     let patch = emitted.map(|e| e.bytes).filter(|_| !options.only_report);
     Ok(Outcome { report, detail, patch, cost: meter.finish() })
+}
+
+/// The bytes that hold a build's debug information.
+fn debug_bytes<'a>(apart: &'a Separate, image: &'a FileBytes) -> &'a [u8] {
+    match apart {
+        Separate::Found(bytes) => bytes,
+        _ => image,
+    }
 }
 
 /// Reads the types of both builds and compares them, if there is anything to patch.

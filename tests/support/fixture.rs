@@ -30,6 +30,10 @@ pub struct Fixture {
     pub abi: Option<String>,
     /// The program that packs the split debug information (`.dwo`) into one file beside the image (`.dwp`).
     pub dwp: Option<String>,
+    /// Words of warnings that must be given.
+    pub warnings: Vec<String>,
+    /// Commands for a shell after each link, with `{image}` for the image's path. Their first words must be installed.
+    pub then: Vec<String>,
     pub changed: Vec<String>,
     pub new: Vec<String>,
     pub data: Vec<(String, String)>,
@@ -118,6 +122,8 @@ fn parse(path: &Path) -> Fixture {
             "cc" => f.cc = Some(value.to_owned()),
             "library" => f.library = Some(value.to_owned()),
             "abi" => f.abi = Some(value.to_owned()),
+            "expect-warning" => f.warnings.push(value.to_owned()),
+            "then" => f.then.push(value.to_owned()),
             "dwp" => f.dwp = Some(value.to_owned()),
             "expect-changed" => f.changed.extend(words(value)),
             "expect-new" => f.new.extend(words(value)),
@@ -152,7 +158,8 @@ impl Fixture {
             "lld" => Some("ld.lld"),
             _ => None,
         });
-        let tools = [self.cc.as_deref(), self.dwp.as_deref()].into_iter().flatten();
+        let then = self.then.iter().filter_map(|command| command.split(' ').next());
+        let tools = [self.cc.as_deref(), self.dwp.as_deref()].into_iter().flatten().chain(then);
         tools.chain(linkers).find(|tool| !is_installed(tool))
     }
 
@@ -213,6 +220,10 @@ impl Fixture {
             run(self.compiler(side, &image).current_dir(&work)).expect_code(0)?;
             if let Some(dwp) = &self.dwp {
                 pack(dwp, &image)?;
+            }
+            for command in &self.then {
+                let command = command.replace("{image}", &image.display().to_string());
+                run(Command::new("sh").args(["-ec", &command])).expect_code(0)?;
             }
             if let Some(how) = &self.library {
                 run(host(how, &image, program).current_dir(&work)).expect_code(0)?;

@@ -179,7 +179,12 @@ impl Guard<'_, '_> {
             }
         }
         let lost = old.missing_splits.iter().chain(&new.missing_splits).next();
+        let elsewhere = old.elsewhere.as_ref().or(new.elsewhere.as_ref());
         let remedy = match lost {
+            _ if elsewhere.is_some() => format!(
+                "part of the debug information is in {}, which this version does not read: give the builds as they were before dwz -m",
+                elsewhere.map_or("", String::as_str)
+            ),
             Some(name) => format!("keep the split debug information beside the build ({name} is not found)"),
             None => "build both with -g (Rust: debug = 2)".to_owned(),
         };

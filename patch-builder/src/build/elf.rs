@@ -112,6 +112,10 @@ impl<'d> RawElf<'d> {
         for sh in table.iter() {
             sections.push(section(&table, sh, bytes)?);
         }
+        if sections.iter().any(|s| s.name == ".text" && s.zero_fill) {
+            let what = "it holds debug information only (objcopy --only-keep-debug); give the image itself".into();
+            return Err(BuildError::NotElf(what));
+        }
         let segments = header.program_headers(Le, bytes).map_err(damaged)?;
         let mut tls = None;
         for ph in segments.iter().filter(|p| p.p_type(Le) == elf::PT_TLS) {

@@ -12,8 +12,10 @@ mod linkmap;
 mod names;
 mod relocatable;
 mod scopes;
+mod separate;
 mod symbols;
 mod tls;
+mod units;
 mod unwind;
 
 use std::collections::HashSet;
@@ -25,8 +27,10 @@ pub use lines::{Lines, Row};
 pub use names::{canonical, demangle, has_identity, split_suffix};
 pub use relocatable::{ObjFrame, ObjPlace, ObjReloc, ObjSymbol, Relocatable};
 pub use scopes::{Inlined, Scope, Scopes, SourceFile, SourceLine};
+pub use separate::{separate, Separate};
 pub use symbols::{Func, FuncId, Name, ObjId, Object, RelSym, SymTarget};
 pub use tls::{TlsFound, TlsModel};
+pub use units::{units, Unit};
 pub use unwind::{Fde, Personality, Unwind};
 
 /// A hash map that is seeded anew in every run, and faster than the standard one.
@@ -173,7 +177,28 @@ impl<'d> Build<'d> {
         };
         build.add_pointer_bounds();
         build.name_resolver_stubs();
-        Ok(build)
+        match build.sanitizer() {
+            Some(name) => Err(BuildError::Incomplete {
+                rule: "unsupported",
+                what: format!(
+                    "it is instrumented by {name}, which keeps records of its own about every function and variable"
+                ),
+                remedy: "build without -fsanitize for what is to be patched",
+            }),
+            None => Ok(build),
+        }
+    }
+
+    /// A sanitizer whose tables a patch can't extend: unnamed writable data that its runtime has registered.
+    fn sanitizer(&self) -> Option<&'static str> {
+        let known = [
+            ("__asan_register_", "AddressSanitizer"),
+            ("__hwasan_init", "HWAddressSanitizer"),
+            ("__ubsan_handle_", "UndefinedBehaviorSanitizer"),
+        ];
+        let named = self.funcs.iter().flat_map(|f| f.names.iter().map(|n| n.text)).chain(self.imports.keys().copied());
+        let names: Vec<&str> = named.filter(|n| n.starts_with("__")).collect();
+        known.into_iter().find(|(prefix, _)| names.iter().any(|n| n.starts_with(prefix))).map(|(_, name)| name)
     }
 
     /// Stubs of functions that are chosen at start-up go by the name of their resolver.

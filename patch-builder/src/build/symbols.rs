@@ -120,10 +120,12 @@ struct Raw<'d> {
 }
 
 pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d>, BuildError> {
-    let missing = || BuildError::Incomplete {
+    let missing = || {
+        BuildError::Incomplete {
         rule: "no-symbols",
         what: "it is stripped of its symbols".into(),
-        remedy: "diff the unstripped build (the running process may be the stripped one)",
+        remedy: "diff the unstripped build (the running process may be the stripped one; eu-unstrip joins a stripped file with its .debug file)",
+    }
     };
     let table = raw.table.symbols(Le, raw.bytes, elf::SHT_SYMTAB).map_err(damaged)?;
     let strings = table.strings();

@@ -14,7 +14,7 @@ pub use text::Look;
 
 /// The refusals that may be overruled: what they protect is the meaning of data and the contract between old and new
 /// code, which somebody may know better.
-pub const ALLOWABLE: [&str; 11] = [
+pub const ALLOWABLE: [&str; 12] = [
     "merged",
     "initial-value",
     "data-size",
@@ -26,6 +26,7 @@ pub const ALLOWABLE: [&str; 11] = [
     "vtable",
     "async-state",
     "coroutine",
+    "other-program",
 ];
 
 /// One build in the report.

@@ -43,12 +43,24 @@ fn sections<'d>(file: &object::File<'d>, split: bool) -> DwarfSections<Bytes<'d>
     DwarfSections::load(load).unwrap_or_default()
 }
 
+/// The file that `dwz -m` moved what several programs share to. Without it half of the types have no members.
+fn supplementary(file: &object::File<'_>) -> Option<String> {
+    let name = match file.gnu_debugaltlink() {
+        Ok(Some((name, _))) => String::from_utf8_lossy(name).into_owned(),
+        _ => file.section_by_name(".debug_sup").map(|_| "a supplementary file".to_owned())?,
+    };
+    Some(name)
+}
+
 fn slice<'a>(bytes: &'a Bytes<'_>) -> Reader<'a> {
     EndianSlice::new(bytes, LittleEndian)
 }
 
 fn try_read(path: &Path, bytes: &[u8], depth: Depth) -> Option<Types> {
     let file = object::File::parse(bytes).ok()?;
+    if let Some(name) = supplementary(&file) {
+        return Some(Types { present: true, elsewhere: Some(name), ..Types::default() });
+    }
     let own = sections(&file, false);
     let dwarf = own.borrow(slice);
     let mut headers = Vec::new();

@@ -237,6 +237,8 @@ pub struct Types {
     pub cast_to: std::collections::HashSet<NameId>,
     /// Units that name a split file which was not found.
     pub missing_splits: Vec<String>,
+    /// The file that part of the debug information was moved to, and which is not read.
+    pub elsewhere: Option<String>,
     /// Whether the build has any DWARF.
     pub present: bool,
 }
