@@ -5,6 +5,7 @@
 
 mod data;
 mod drift;
+mod padding;
 
 use std::collections::HashSet;
 
@@ -18,7 +19,7 @@ use crate::side::Side;
 /// A difference that is recognised as noise.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Noise {
-    /// `location` or `line-immediate`.
+    /// `location`, `line-immediate` or `padding`.
     pub rule: &'static str,
     /// What was seen.
     pub detail: String,
@@ -126,7 +127,8 @@ impl<'a, 'd> Comparer<'a, 'd> {
         match (a, b) {
             (Target::Func(f, 0), Target::Func(g, 0)) => self.func_refs(f, g),
             (Target::Func(f, x), Target::Func(g, y)) => {
-                x == y && (self.context == Some((f, g)) || self.func_refs(f, g) && self.func_bodies(f, g))
+                self.same_offset((f, x), (g, y))
+                    && (self.context == Some((f, g)) || self.func_refs(f, g) && self.func_bodies(f, g))
             }
             (Target::Plt(x), Target::Plt(y)) => self.same_import(x, y),
             (Target::Empty(x), Target::Empty(y)) => x == y,
@@ -255,6 +257,9 @@ impl<'a, 'd> Comparer<'a, 'd> {
         let (old, new) = (self.old, self.new);
         let (x, y) = (&old.lifted[f as usize], &new.lifted[g as usize]);
         if x.masked.len() != y.masked.len() || x.refs.len() != y.refs.len() {
+            if self.padding_drift(f, g) {
+                return true;
+            }
             return self.differ(|| "its code".into());
         }
         if x.unexplained.is_some() || y.unexplained.is_some() {
@@ -267,9 +272,15 @@ impl<'a, 'd> Comparer<'a, 'd> {
         }
         let shape = |r: &Ref<'_>| (r.at, r.end, r.field, r.access, r.bias);
         if x.refs.iter().zip(&y.refs).any(|(r, s)| shape(r) != shape(s)) {
+            if self.padding_drift(f, g) {
+                return true;
+            }
             return self.differ(|| "its code".into());
         }
         if x.masked != y.masked && !self.line_drift(f, g) {
+            if self.padding_drift(f, g) {
+                return true;
+            }
             return self.differ(|| "its code".into());
         }
         for (r, s) in x.refs.iter().zip(&y.refs) {

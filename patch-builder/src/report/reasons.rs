@@ -74,7 +74,7 @@ pub enum Why {
     Companion,
     /// Only what happens to exceptions in it changed.
     ExceptionTable,
-    /// The compiler made other code of the same source.
+    /// The compiler made other code of the same source; without the text, it may be a small change of the source, too.
     CodeGeneration {
         /// What says so.
         evidence: Evidence,
@@ -115,7 +115,8 @@ impl std::fmt::Display for Why {
                 f.write_str("code generation only: the text is the same; a macro, a type or the compiler's choice")
             }
             Self::CodeGeneration { .. } => f.write_str(
-                "code generation only: the same instructions from the same lines, in other registers or order",
+                "only registers, stack slots, moves or order differ: a small change of its source, or the compiler's choice \
+                 (--old-source DIR --new-source DIR tell)",
             ),
             Self::Unknown { reason } => f.write_str(reason),
         }
