@@ -112,13 +112,13 @@ impl<'d> Comparer<'_, 'd> {
                 (Place::Pointer(Target::Data(s)), Place::Pointer(Target::Data(t))) if self.is_slice(s, t, i, x, y) => {
                     let len = self.old.str_end(s).map(|end| end - s);
                     if !self.data(s, t, len) {
-                        return false;
+                        return offset == 0 && self.location_drift(a, b, offset, x, y);
                     }
                     8
                 }
                 (Place::Pointer(s), Place::Pointer(t)) => {
                     if !self.targets(s, t, Access::Extent) {
-                        return false;
+                        return offset == 0 && self.location_drift(a, b, offset, x, y);
                     }
                     8
                 }

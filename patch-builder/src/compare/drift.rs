@@ -6,7 +6,6 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 use super::data::{place, Place};
 use super::{Comparer, LineProof, Noise};
 use crate::build::{FuncId, Lines, Row};
-use crate::lift::Access;
 use crate::side::Side;
 
 /// Rows of both versions of one function.
@@ -106,7 +105,8 @@ impl<'d> Comparer<'_, 'd> {
     }
 
     /// The bytes at `offset` differ. Fine if both are a `core::panic::Location` of the same file, the
-    /// difference is in its line or column, and the line tables have both lines in the functions at hand.
+    /// difference is in its line or column, and the line tables have both lines in the functions at hand. The file
+    /// of a published crate has the crate's version in its path, and is the same file in another version.
     pub(super) fn location_drift(&mut self, a: u64, b: u64, offset: u64, x: &[u8], y: &[u8]) -> bool {
         let (Some((p, _)), Some((q, _))) = (x.split_first_chunk::<24>(), y.split_first_chunk::<24>()) else {
             return false;
@@ -117,25 +117,30 @@ impl<'d> Comparer<'_, 'd> {
             LineProof::Tables(..) => false,
         };
         let tail_is_zero = |v: &[u8]| v[24..].iter().all(|b| *b == 0) && v.len() < 32;
-        if !(16..24).contains(&offset)
-            || p[..16] != q[..16] && p[8..16] != q[8..16]
-            || !tail_is_zero(x)
-            || !tail_is_zero(y)
-        {
+        if offset >= 24 || !tail_is_zero(x) || !tail_is_zero(y) {
             return false;
         }
         let (Place::Pointer(s), Place::Pointer(t)) = (place(self.old, a, a), place(self.new, b, b)) else {
             return false;
         };
-        let len = u64::from_le_bytes(std::array::from_fn(|i| p[8 + i]));
-        let at = self.address(true, s);
-        let is_rust_file = self.old.build.bytes(at, len).is_some_and(|name| name.ends_with(b".rs"));
-        if !is_rust_file || len > 4096 || !self.targets(s, t, Access::Exact(len as u32)) {
+        let path = |side: &Side<'d>, at: u64, location: &[u8; 24]| {
+            let len = u64::from_le_bytes(std::array::from_fn(|i| location[8 + i]));
+            let constant = len <= 4096 && !side.is_mutable(at);
+            side.build.bytes(at, len).filter(|text| constant && text.ends_with(b".rs"))
+        };
+        let (old_path, new_path) =
+            (path(self.old, self.address(true, s), p), path(self.new, self.address(false, t), q));
+        let (Some(old_path), Some(new_path)) = (old_path, new_path) else { return false };
+        let bumped = old_path != new_path;
+        if bumped && (crate_file(old_path).is_none() || crate_file(old_path) != crate_file(new_path)) {
             return false;
         }
         let number = |v: &[u8; 24], i: usize| u32::from_le_bytes(std::array::from_fn(|k| v[i + k]));
         let ((line_a, col_a), (line_b, col_b)) = ((number(p, 16), number(p, 20)), (number(q, 16), number(q, 20)));
+        // The place is the same, and only the crate has another version.
+        let same_place = bumped && (line_a, col_a) == (line_b, col_b);
         let proven = assume
+            || same_place
             || match (self.proof, self.context) {
                 (LineProof::Tables(l, m), Some((f, g))) => {
                     let rows = Rows::of(self.old, self.new, (l, m), f, g);
@@ -145,11 +150,28 @@ impl<'d> Comparer<'_, 'd> {
                 _ => false,
             };
         if proven {
-            let detail = format!("{line_a}:{col_a} is now {line_b}:{col_b}");
+            let file = |path: &[u8]| String::from_utf8_lossy(path).into_owned();
+            let detail = match bumped {
+                false => format!("{line_a}:{col_a} is now {line_b}:{col_b}"),
+                true => format!("{}:{line_a}:{col_a} is now {}:{line_b}:{col_b}", file(old_path), file(new_path)),
+            };
             self.noise.push(Noise { rule: "location", detail });
         }
         proven
     }
+}
+
+/// The name of a published crate and the file in it, by a path such as `…/registry/src/INDEX/NAME-1.2.3/src/lib.rs`.
+fn crate_file(path: &[u8]) -> Option<(&str, &str)> {
+    let (_, published) = std::str::from_utf8(path).ok()?.split_once("registry/src/")?;
+    let (_index, path) = published.split_once('/')?;
+    let (package, file) = path.split_once('/')?;
+    let is_version = |rest: &str| {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        digits > 0 && rest[digits..].starts_with('.')
+    };
+    let dash = package.match_indices('-').find(|(at, _)| is_version(&package[at + 1..]))?.0;
+    Some((&package[..dash], file))
 }
 
 /// The offsets of the calls in a function, ascending.
@@ -157,4 +179,19 @@ fn calls(code: &[u8]) -> Vec<u64> {
     let decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
     let is_call = |i: &iced_x86::Instruction| matches!(i.flow_control(), FlowControl::Call | FlowControl::IndirectCall);
     decoder.into_iter().filter(is_call).map(|i| i.ip()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::crate_file;
+
+    #[test]
+    fn a_crate_has_a_version_in_its_path_and_a_name_of_its_own() {
+        let file = |text: &'static str| crate_file(text.as_bytes());
+        let of = |version: &str| format!("/root/.cargo/registry/src/index-1949/a-2d-b-{version}/src/lib.rs");
+        assert_eq!(crate_file(of("1.2.3").as_bytes()), Some(("a-2d-b", "src/lib.rs")));
+        assert_eq!(crate_file(of("1.2.4-rc.1").as_bytes()), crate_file(of("1.2.3").as_bytes()));
+        assert_eq!(file("/home/a/src/lib.rs"), None);
+        assert_eq!(file("registry/src/i/nameless/src/lib.rs"), None);
+    }
 }
