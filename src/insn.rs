@@ -51,21 +51,32 @@ impl Edit {
     }
 }
 
-/// Calls the function in `rax` and then makes a harmless system call, at which a tracer catches the thread:
+/// Calls the function in `rax` and then makes a harmless system call, at which a tracer catches the thread. If the
+/// tracer is dead, the thread goes on and back to where its signal frame says:
 ///
 /// ```text
 /// ff d0            call rax
 /// b8 27 00 00 00   mov  eax, 39    ; getpid
 /// 0f 05            syscall
+/// b8 0f 00 00 00   mov  eax, 15    ; rt_sigreturn
+/// 0f 05            syscall
 /// 0f 0b            ud2
 /// ```
-pub const CALL_STUB: [u8; 11] = [0xff, 0xd0, 0xb8, 0x27, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x0b];
+pub const CALL_STUB: [u8; 18] =
+    [0xff, 0xd0, 0xb8, 0x27, 0, 0, 0, 0x0f, 0x05, 0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x0b];
 
 /// Offset in [`CALL_STUB`] of its system call.
 pub const CALL_STUB_SYSCALL: u64 = 7;
 
 /// Bytes of a `syscall` instruction.
 pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+/// `syscall; ret`.
+pub const SYSCALL_RET: [u8; 3] = [0x0f, 0x05, 0xc3];
+
+/// `mov rax, 15; syscall` and `mov eax, 15; syscall`: rt_sigreturn, as the C libraries have it.
+pub const SIGRETURN: [&[u8]; 2] =
+    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
 
 /// What a function's body does to its entry.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]

@@ -46,8 +46,9 @@ enum Command {
     Canary(Rest),
     #[command(hide = true)]
     Confirm(Rest),
-    #[command(hide = true)]
-    Recover(Rest),
+    /// Finishes or undoes what an interrupted command left.
+    #[command(after_help = "Example:\n  livepatch recover 4711")]
+    Recover(RecoverArgs),
     #[command(hide = true)]
     Watch(Rest),
     #[command(hide = true)]
@@ -123,6 +124,17 @@ struct RevertArgs {
 }
 
 #[derive(Args)]
+struct RecoverArgs {
+    /// The processes.
+    #[arg(value_name = "PID")]
+    pids: Vec<i32>,
+    #[command(flatten)]
+    which: Which,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
 struct StatusArgs {
     /// The processes.
     #[arg(value_name = "PID")]
@@ -145,7 +157,7 @@ pub fn main() -> ExitCode {
         Command::Status(a) => status(&a),
         Command::Canary(_) => absent("canary"),
         Command::Confirm(_) => absent("confirm"),
-        Command::Recover(_) => absent("recover"),
+        Command::Recover(a) => recover(&a),
         Command::Watch(_) => absent("watch"),
         Command::Console(_) => absent("console"),
         Command::Symbols(_) => absent("symbols"),
@@ -380,6 +392,23 @@ fn revert(args: &RevertArgs) -> u8 {
         match result {
             Ok(reports) => reports.iter().for_each(|r| print_report(r, json)),
             Err(e) => code = worst(code, fail(Some(pid), &e, json)),
+        }
+    }
+    code
+}
+
+fn recover(args: &RecoverArgs) -> u8 {
+    let pids = match args.which.pids(&args.pids) {
+        Ok(pids) => pids,
+        Err(e) => return usage(&e),
+    };
+    let options = Options { timeout: args.common.timeout, hold: args.common.hold_deadline, allow_contexts: true };
+    let mut code = 0;
+    for pid in pids {
+        match Patcher::open(Pid(pid)).and_then(|mut p| p.recover(&options)) {
+            Ok(done) if args.common.json => println!("{}", json!({"pid": pid, "recovered": done})),
+            Ok(done) => print!("{}", text::recovered(pid, &done)),
+            Err(e) => code = worst(code, fail(Some(pid), &e, args.common.json)),
         }
     }
     code

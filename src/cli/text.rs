@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use livepatch::patcher::{CheckReport, Error, ProcessStatus, Report};
+use livepatch::patcher::{CheckReport, Error, Outcome, ProcessStatus, Recovered, Report};
 use livepatch::registry::State;
 use serde_json::{json, Value};
 
@@ -75,6 +75,24 @@ pub fn check(r: &CheckReport) -> String {
     out
 }
 
+/// What a recovery did.
+pub fn recovered(pid: i32, done: &[Recovered]) -> String {
+    let mut out = String::new();
+    if done.is_empty() {
+        let _ = writeln!(out, "process {pid}: nothing to recover");
+    }
+    for r in done {
+        let what = match r.outcome {
+            Outcome::Applied => "is applied: the interrupted command had done it",
+            Outcome::Reverted => "is reverted",
+            Outcome::Removed => "was never applied, and is gone",
+            Outcome::Kept => "was never applied; its mapping stays, for the unwinder may know its tables",
+        };
+        let _ = writeln!(out, "process {pid}: patch {} {what}", r.patch);
+    }
+    out
+}
+
 /// One process with its patches.
 pub fn status(s: &ProcessStatus) -> String {
     let mut out = String::new();
@@ -99,6 +117,9 @@ pub fn status(s: &ProcessStatus) -> String {
             let _ = write!(out, ", last applied {} with a pause of {:.1} µs", utc(p.applied_at), p.pause_us);
         }
         let _ = writeln!(out);
+        if p.unfinished {
+            let _ = writeln!(out, "    an interrupted command left it so: livepatch recover {}", s.pid);
+        }
         if let Some(damage) = &p.damage {
             let _ = writeln!(out, "    damaged: {damage}");
         }

@@ -10,7 +10,7 @@ use crate::patch::{HexBytes, PatchFile};
 use crate::plan::{self, Links, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
-use crate::registry::{Found, FunctionRecord, State};
+use crate::registry::{Found, FunctionRecord, State, Unwind};
 use crate::transaction::{Applied, Planned, Replaced, Target};
 
 /// Functions that switch a thread to another stack.
@@ -62,7 +62,9 @@ impl Patcher {
         if manifest.may_unwind && register_frame.is_none() {
             return Err(Refusal::NoUnwinder.into());
         }
-        let earlier = records.iter().find(|r: &&Found| r.payload.digest.0 == patch.digest);
+        // One whose tables may be registered or not is left alone for good.
+        let known = |r: &&Found| r.payload.digest.0 == patch.digest && r.mutable.unwind != Unwind::Registering;
+        let earlier = records.iter().find(known);
         let planned = match earlier {
             Some(found) => Planned::again(patch, &links, found, &branches, replaced)?,
             None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &branches, replaced)?,

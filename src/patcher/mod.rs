@@ -21,9 +21,11 @@ mod blame;
 mod error;
 mod idle;
 mod inspect;
+mod recover;
 mod status;
 
 pub use error::{Error, NotQuiescent, TraceLine};
+pub use recover::{Outcome, Recovered};
 pub use status::{patched_processes, PatchStatus, ProcessStatus};
 
 /// How to apply and revert.
@@ -151,7 +153,10 @@ impl Patcher {
 
     fn try_apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
         let _undisturbed = Undisturbed::begin();
+        self.process.lock()?;
+        self.finished()?;
         let deadline = Instant::now() + options.timeout;
+        self.remove_unused(deadline)?;
         let mut report = self.report("apply", &patch.manifest.name);
         let inspected = self.inspect(patch, options)?;
         report.functions = replaced(patch);
@@ -213,6 +218,8 @@ impl Patcher {
 
     fn try_revert(&mut self, name: Option<&str>, options: &Options) -> Result<Report, Error> {
         let _undisturbed = Undisturbed::begin();
+        self.process.lock()?;
+        self.finished()?;
         let deadline = Instant::now() + options.timeout;
         let mut records = self.records()?;
         records.retain(|r| r.mutable.state == State::Applied);

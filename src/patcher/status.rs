@@ -2,10 +2,11 @@
 
 use serde::Serialize;
 
+use super::recover::{self, Entries};
 use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
 use crate::process::{Pid, Process, ProcessError};
-use crate::registry::State;
+use crate::registry::{State, Unwind};
 use crate::transaction::Applied;
 
 /// One patch in one process.
@@ -15,8 +16,10 @@ pub struct PatchStatus {
     pub patch: String,
     /// SHA-256 of its file.
     pub digest: String,
-    /// Whether its entries lead to it.
+    /// Whether its entries lead to it: as they are, whatever the record says.
     pub state: State,
+    /// Whether an interrupted command left it so: `livepatch recover` finishes or undoes.
+    pub unfinished: bool,
     /// The functions that it replaces.
     pub functions: Vec<String>,
     /// How many entries it has.
@@ -65,23 +68,31 @@ impl Patcher {
         let pid = self.process.pid();
         let image = self.executable()?;
         let patches = self.records()?.into_iter().map(|found| {
-            let applied = found.mutable.state == State::Applied;
+            let lead = recover::entries(&self.process, &found);
+            let unfinished = lead.as_ref().is_ok_and(|lead| !recover::is_finished(&found, *lead));
+            let state = match &lead {
+                Ok(Entries::New) => State::Applied,
+                Ok(Entries::Old) if unfinished && found.mutable.state == State::Applied => State::Reverted,
+                _ => found.mutable.state,
+            };
+            let applied = state == State::Applied;
             let payload = found.payload.clone();
             let mutable = found.mutable;
             let damage = match Applied::new(found) {
                 Ok(a) if applied => a.check_entries(&self.process).err().map(|e| e.to_string()),
-                Ok(_) => None,
+                Ok(_) => lead.err().map(|e| e.to_string()),
                 Err(e) => Some(e.to_string()),
             };
             PatchStatus {
                 patch: payload.patch,
                 digest: payload.digest.to_string(),
-                state: mutable.state,
+                state,
+                unfinished,
                 functions: payload.functions.iter().filter(|f| f.old.is_some()).map(|f| f.demangled.clone()).collect(),
                 entries: payload.entries.len(),
                 applied_at: mutable.applied_at_s,
                 pause_us: (mutable.pause_ns as f64 / 100.0).round() / 10.0,
-                unwind_registered: mutable.unwind_registered,
+                unwind_registered: mutable.unwind == Unwind::Registered,
                 damage,
             }
         });

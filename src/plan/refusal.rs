@@ -161,6 +161,12 @@ pub enum Refusal {
         /// What is wrong.
         what: String,
     },
+    /// An interrupted command left something half-way.
+    #[error("a command that was interrupted left patch {name} half-way")]
+    Unfinished {
+        /// The patch.
+        name: String,
+    },
     /// Unwind tables are needed and cannot be registered.
     #[error("a panic or exception may cross the patch, and the process offers no __register_frame")]
     NoUnwinder,
@@ -211,6 +217,7 @@ impl Refusal {
             Self::OutOfReach { .. } => "out-of-reach",
             Self::OtherPatch { .. } => "other-patch",
             Self::After { .. } => "after",
+            Self::Unfinished { .. } => "unfinished",
             Self::NotNewest { .. } => "not-newest",
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
@@ -248,6 +255,7 @@ impl Refusal {
             Self::OtherPatch { applied } => {
                 format!("build the patch with --after and the file of {applied}, or revert that first (livepatch revert PID {applied})")
             }
+            Self::Unfinished { .. } => "finish or undo it: livepatch recover PID".into(),
             Self::After { .. } => "apply that patch first, or build one for what is applied (--after)".into(),
             Self::NotNewest { newest, .. } => format!("revert {newest} first, or use --all"),
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),

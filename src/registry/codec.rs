@@ -9,7 +9,7 @@
 //! | 32 | 8 | bytes of the payload |
 //! | 40 | 32 | SHA-256 of the payload |
 //! | 72 | 4 | state: 1 staged, 2 applied, 3 reverted |
-//! | 76 | 4 | 1 if the unwind tables are registered |
+//! | 76 | 4 | unwind tables: 0 not registered, 1 registered, 2 a thread is registering them, or was when the command died |
 //! | 80 | 8 | sequence number of the last apply |
 //! | 88 | 8 | Unix time of it, in seconds |
 //! | 96 | 8 | its pause in nanoseconds |
@@ -70,13 +70,25 @@ pub enum State {
     Reverted,
 }
 
+/// Whether the process's unwinder knows the patch's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unwind {
+    /// No.
+    None,
+    /// Yes.
+    Registered,
+    /// A thread was sent to register them, and nobody has seen it come back: they may be.
+    Registering,
+}
+
 /// The part of a record that changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mutable {
     /// What the mapping is in.
     pub state: State,
     /// Whether its unwind tables are registered.
-    pub unwind_registered: bool,
+    pub unwind: Unwind,
     /// Orders the applies.
     pub sequence: u64,
     /// When it was applied last, Unix time.
@@ -223,9 +235,10 @@ impl Header {
             3 => State::Reverted,
             _ => return Err(CodecError::Field("state")),
         };
-        let unwind_registered = match u32_at(head, 76)? {
-            0 => false,
-            1 => true,
+        let unwind = match u32_at(head, 76)? {
+            0 => Unwind::None,
+            1 => Unwind::Registered,
+            2 => Unwind::Registering,
             _ => return Err(CodecError::Field("unwind")),
         };
         if u32_at(head, 20)? != 0 || bytes::<24>(head, 104)? != [0; 24] {
@@ -237,7 +250,7 @@ impl Header {
         }
         let mutable = Mutable {
             state,
-            unwind_registered,
+            unwind,
             sequence: u64_at(head, 80)?,
             applied_at_s: u64_at(head, 88)?,
             pause_ns: u64_at(head, 96)?,
@@ -260,9 +273,14 @@ pub fn encode_mutable(m: &Mutable) -> [u8; 32] {
         State::Applied => 2,
         State::Reverted => 3,
     };
+    let unwind: u32 = match m.unwind {
+        Unwind::None => 0,
+        Unwind::Registered => 1,
+        Unwind::Registering => 2,
+    };
     let mut out = [0; 32];
     out[..4].copy_from_slice(&state.to_le_bytes());
-    out[4..8].copy_from_slice(&u32::from(m.unwind_registered).to_le_bytes());
+    out[4..8].copy_from_slice(&unwind.to_le_bytes());
     out[8..16].copy_from_slice(&m.sequence.to_le_bytes());
     out[16..24].copy_from_slice(&m.applied_at_s.to_le_bytes());
     out[24..32].copy_from_slice(&m.pause_ns.to_le_bytes());
@@ -357,7 +375,7 @@ mod tests {
     }
 
     const MUTABLE: Mutable =
-        Mutable { state: State::Applied, unwind_registered: true, sequence: 3, applied_at_s: 4, pause_ns: 5 };
+        Mutable { state: State::Applied, unwind: Unwind::Registered, sequence: 3, applied_at_s: 4, pause_ns: 5 };
 
     #[test]
     fn what_is_written_is_read() {

@@ -17,7 +17,7 @@ use crate::process::{
 };
 use crate::registry::{
     encode, encode_mutable, EntryRecord, Found, FunctionRecord, Mutable, OldRecord, Payload, RangeRecord, State,
-    MUTABLE_AT,
+    Unwind, MUTABLE_AT,
 };
 use crate::stack::{Part, Watched};
 
@@ -266,7 +266,7 @@ impl Planned {
 }
 
 const FRESH: Mutable =
-    Mutable { state: State::Staged, unwind_registered: false, sequence: 0, applied_at_s: 0, pause_ns: 0 };
+    Mutable { state: State::Staged, unwind: Unwind::None, sequence: 0, applied_at_s: 0, pause_ns: 0 };
 
 /// A patch that lies in the process, with no entry leading to it. Dropped, it takes its mapping away.
 #[must_use = "dropped, it is taken away again"]
@@ -352,7 +352,7 @@ impl<'p, P: Process> Staged<'p, P> {
     /// Whether the patch has unwind tables that the process's unwinder does not know yet.
     #[must_use]
     pub fn wants_registration(&self) -> bool {
-        self.planned.payload.eh_frame.is_some() && !self.mutable.unwind_registered
+        self.planned.payload.eh_frame.is_some() && self.mutable.unwind == Unwind::None
     }
 
     /// Lets a thread that `idle` accepts call `function` (`__register_frame`) on the patch's unwind table.
@@ -366,12 +366,21 @@ impl<'p, P: Process> Staged<'p, P> {
         idle: &mut dyn IdleCheck,
         deadline: Instant,
     ) -> Result<(), TransactionError> {
-        let Some(table) = self.planned.payload.eh_frame.filter(|_| !self.mutable.unwind_registered) else {
+        let Some(table) = self.planned.payload.eh_frame.filter(|_| self.mutable.unwind == Unwind::None) else {
             return Ok(());
         };
+        // Before the call: whoever finds this record later must not believe that the tables are unknown.
+        self.mutable.unwind = Unwind::Registering;
+        self.write_mutable()?;
         let call = FunctionCall { stub: self.planned.layout.stub, function, argument: table.start.0 };
-        self.process.call(call, idle, deadline)?;
-        self.mutable.unwind_registered = true;
+        if let Err(e) = self.process.call(call, idle, deadline) {
+            if matches!(e, ProcessError::NoIdleThread { .. }) {
+                self.mutable.unwind = Unwind::None;
+                self.write_mutable()?;
+            }
+            return Err(e.into());
+        }
+        self.mutable.unwind = Unwind::Registered;
         self.write_mutable()?;
         Ok(())
     }
@@ -419,7 +428,7 @@ impl<'p, P: Process> Staged<'p, P> {
 impl<P: Process> Drop for Staged<'_, P> {
     fn drop(&mut self) {
         // Registered tables must stay where they are: then the mapping waits, staged, for the next attempt.
-        if self.mapped && self.fresh && !self.mutable.unwind_registered {
+        if self.mapped && self.fresh && self.mutable.unwind == Unwind::None {
             let deadline = Instant::now() + std::time::Duration::from_millis(500);
             let _ = self.process.remote(&[RemoteCall::Unmap(self.planned.layout.region)], deadline);
         }
@@ -519,6 +528,11 @@ impl Applied {
     #[must_use]
     pub fn watched(&self) -> Vec<Watched> {
         watch_new(&self.found.payload)
+    }
+
+    /// Leaves out the entries that do not lead into the patch: a command died before it wrote them.
+    pub fn keep_written<M: ReadMemory + ?Sized>(&mut self, memory: &M) {
+        self.edits.retain(|e| memory.read_vec(e.at, e.expected.len() as u64).is_ok_and(|there| there == e.expected));
     }
 
     /// Whether every entry still holds the patch's jump.

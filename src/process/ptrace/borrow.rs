@@ -1,15 +1,19 @@
 //! Borrowing one thread: to make system calls, or to call a function.
 //!
-//! The thread is stopped by PTRACE_INTERRUPT, its registers, signal mask and (for a call) vector state are kept.
-//! It then runs what we set up from one system-call stop to the next. To give it back, it is interrupted again:
-//! only at a stop of that kind does the kernel restart the call that the thread was blocked in (at a stop of a
-//! system call's exit the program would see errno 512). Nothing is written to its stack but by a called
-//! function, and that below the red zone.
+//! The thread is stopped by PTRACE_INTERRUPT, its registers, signal mask and vector state are kept. Then a signal
+//! frame with all of it is written below its stack, and only then it gets registers of ours: from here on it finds
+//! back alone, by rt_sigreturn(2), whenever we die ([`frame`]). It runs what we set up from one system-call stop to
+//! the next. To give it back, it is interrupted again: only at a stop of that kind does the kernel restart the call
+//! that the thread was blocked in (at a stop of a system call's exit the program would see errno 512).
+//!
+//! The order matters. There: frame, registers, signal mask (a mask outlives its tracer; with the frame's return it goes).
+//! Back: mask, registers.
 
 use std::time::{Duration, Instant};
 
 use super::sys::{self, RawRegisters};
 use super::tracee::{self, Running, Stop, Stopped, Waited};
+use super::frame::{Frame, Gadgets};
 use super::{procfs, PtraceProcess};
 use crate::addr::ProcAddr;
 use crate::insn::{CALL_STUB_SYSCALL, SYSCALL};
@@ -19,15 +23,26 @@ use crate::process::{Access, FunctionCall, HeldThread, IdleCheck, Process, Proce
 /// How long one candidate may take to stop.
 const STOP_WITHIN: Duration = Duration::from_millis(20);
 
-/// Bytes below the stack pointer that belong to a function (System V psABI).
-const RED_ZONE: u64 = 128;
+/// Bytes of stack that a function that is called gets at least.
+const CALL_STACK: u64 = 16 << 10;
+
+/// What a borrowed thread is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// System calls: any thread will do, and a running one where none sleeps.
+    SystemCalls,
+    /// A function: it must be asleep, with room for the function's frames.
+    Function,
+}
 
 /// A borrowed thread.
 struct Borrowed {
     thread: Stopped,
     registers: RawRegisters,
     mask: u64,
-    vector: Option<Vec<u8>>,
+    vector: Vec<u8>,
+    frame: Frame,
+    gadgets: Gadgets,
     /// So that it is not kept waiting while we wait for a CPU.
     _priority: sys::Priority,
 }
@@ -59,6 +74,14 @@ fn is_wait(number: i64) -> bool {
     )
 }
 
+impl Borrowed {
+    /// Registers to set up something of ours with: no interrupted call, strings forward.
+    fn foreign(&self) -> RawRegisters {
+        const DIRECTION_FLAG: u64 = 1 << 10;
+        RawRegisters { orig_rax: u64::MAX, eflags: self.registers.eflags & !DIRECTION_FLAG, ..self.registers }
+    }
+}
+
 impl PtraceProcess {
     /// Threads that might be borrowed, best first: blocked in a wait and rarely woken; running ones last, if wanted.
     fn candidates(&self, running_too: bool) -> Result<Vec<Tid>, ProcessError> {
@@ -78,17 +101,18 @@ impl PtraceProcess {
     fn borrow_thread(
         &mut self,
         what: &'static str,
-        running_too: bool,
+        purpose: Purpose,
         accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
         deadline: Instant,
     ) -> Result<Borrowed, ProcessError> {
+        self.gadgets()?;
         loop {
             self.release_lingering();
-            for tid in self.candidates(running_too)? {
+            for tid in self.candidates(purpose == Purpose::SystemCalls)? {
                 if self.lingering.iter().any(|r| r.tid() == tid) {
                     continue;
                 }
-                if let Some(borrowed) = self.try_borrow(tid, accept)? {
+                if let Some(borrowed) = self.try_borrow(tid, purpose, accept)? {
                     return Ok(borrowed);
                 }
                 if Instant::now() >= deadline {
@@ -108,6 +132,7 @@ impl PtraceProcess {
     fn try_borrow(
         &mut self,
         tid: Tid,
+        purpose: Purpose,
         accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
     ) -> Result<Option<Borrowed>, ProcessError> {
         let runs = procfs::run_count(self.pid, tid);
@@ -153,15 +178,31 @@ impl PtraceProcess {
             && self.outside_rseq(tid)
             && procfs::Status::of_thread(self.pid, tid).is_ok_and(|s| s.seccomp == 0)
             && accept(&held, self);
-        let Some(mask) = suitable.then(|| sys::signal_mask(tid.0).ok()).flatten() else {
+        let kept = suitable.then(|| Some((sys::signal_mask(tid.0).ok()?, sys::vector_state(tid.0).ok()?))).flatten();
+        let Some((mask, vector)) = kept else {
             stopped.detach();
             return Ok(None);
         };
-        if sys::set_signal_mask(tid.0, !0).is_err() {
+        let gadgets = self.gadgets()?;
+        let spare = if purpose == Purpose::Function { CALL_STACK } else { 0 };
+        let maps = self.mappings()?;
+        let frame = Frame::new(&registers, mask, &vector, gadgets.sigreturn);
+        let Some(frame) = frame.filter(|f| f.fits(registers.rsp, &maps, spare)) else {
+            stopped.detach();
+            return Ok(None);
+        };
+        if self.write_any(frame.at, &frame.bytes, Some(tid)).is_err() {
             stopped.detach();
             return Ok(None);
         }
-        Ok(Some(Borrowed { thread: stopped, registers, mask, vector: None, _priority: priority }))
+        let borrowed = Borrowed { thread: stopped, registers, mask, vector, frame, gadgets, _priority: priority };
+        // From the first of these two on, the thread finds back alone.
+        let home = RawRegisters { rip: gadgets.sigreturn.0, rsp: borrowed.frame.after_return(), ..borrowed.foreign() };
+        if sys::set_registers(tid.0, &home).is_err() || sys::set_signal_mask(tid.0, !0).is_err() {
+            self.give_back(borrowed)?;
+            return Ok(None);
+        }
+        Ok(Some(borrowed))
     }
 
     /// Whether the thread is in no restartable sequence: moving its program counter would abort that.
@@ -189,7 +230,7 @@ impl PtraceProcess {
 
     /// Gives a thread back as it was.
     fn give_back(&self, borrowed: Borrowed) -> Result<(), ProcessError> {
-        let Borrowed { thread, registers, mask, vector, _priority } = borrowed;
+        let Borrowed { thread, registers, mask, vector, _priority, .. } = borrowed;
         let failed = |e| ProcessError::from_os(self.pid, "give back a thread of", e);
         let tid = thread.tid().0;
         let mut running = thread.resume_to_interrupt();
@@ -201,9 +242,7 @@ impl PtraceProcess {
                 Waited::Late(r) => running = r,
             }
         };
-        if let Some(vector) = vector {
-            sys::set_vector_state(tid, &vector).map_err(failed)?;
-        }
+        sys::set_vector_state(tid, &vector).map_err(failed)?;
         sys::set_signal_mask(tid, mask).map_err(failed)?;
         sys::set_registers(tid, &registers).map_err(failed)?;
         thread.detach();
@@ -211,13 +250,12 @@ impl PtraceProcess {
     }
 
     pub(super) fn remote_calls(&mut self, calls: &[RemoteCall], deadline: Instant) -> Result<(), ProcessError> {
-        let insn = self.syscall_insn()?;
         let what = "make a system call";
-        let mut borrowed = self.borrow_thread(what, true, &mut |_, _| true, deadline)?;
+        let mut borrowed = self.borrow_thread(what, Purpose::SystemCalls, &mut |_, _| true, deadline)?;
         let mut result = Ok(());
         for call in calls {
-            let (thread, outcome) = self.one_call(borrowed.thread, &borrowed.registers, insn, *call)?;
-            borrowed.thread = thread;
+            let (back, outcome) = self.one_call(borrowed, *call)?;
+            borrowed = back;
             if let Err(e) = outcome {
                 result = Err(e);
                 break;
@@ -234,22 +272,20 @@ impl PtraceProcess {
 
     fn one_call(
         &self,
-        thread: Stopped,
-        original: &RawRegisters,
-        insn: ProcAddr,
+        mut borrowed: Borrowed,
         call: RemoteCall,
-    ) -> Result<(Stopped, Result<(), ProcessError>), ProcessError> {
+    ) -> Result<(Borrowed, Result<(), ProcessError>), ProcessError> {
         let failed = |e| ProcessError::from_os(self.pid, "set registers of", e);
         let (name, number, args, expected) = arguments(call);
-        let mut regs = *original;
-        regs.rip = insn.0;
+        let mut regs = borrowed.foreign();
+        regs.rip = borrowed.gadgets.syscall_ret.0;
+        regs.rsp = borrowed.frame.at.0;
         regs.rax = number as u64;
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
-        regs.orig_rax = u64::MAX;
-        sys::set_registers(thread.tid().0, &regs).map_err(failed)?;
-        let thread = self.to_syscall_stop(thread)?;
-        let thread = self.to_syscall_stop(thread)?;
-        let rax = thread.raw_registers().map_err(failed)?.rax;
+        sys::set_registers(borrowed.thread.tid().0, &regs).map_err(failed)?;
+        borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
+        borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
+        let rax = borrowed.thread.raw_registers().map_err(failed)?.rax;
         let outcome = match rax.cast_signed() {
             e @ -4095..=-1 => {
                 let source = std::io::Error::from_raw_os_error(i32::try_from(-e).unwrap_or(0));
@@ -262,7 +298,7 @@ impl PtraceProcess {
             }
             _ => Ok(()),
         };
-        Ok((thread, outcome))
+        Ok((borrowed, outcome))
     }
 
     pub(super) fn call_function(
@@ -275,22 +311,12 @@ impl PtraceProcess {
         let pid = self.pid;
         let what = "register unwind tables";
         let mut accept = |t: &HeldThread, m: &dyn ReadMemory| idle.is_idle(t, m);
-        let mut borrowed = self.borrow_thread(what, false, &mut accept, deadline)?;
-        match sys::vector_state(borrowed.thread.tid().0) {
-            Ok(state) => borrowed.vector = Some(state),
-            Err(e) => {
-                self.give_back(borrowed)?;
-                return Err(failed(pid)(e));
-            }
-        }
-        const DIRECTION_FLAG: u64 = 1 << 10;
-        let mut regs = borrowed.registers;
-        regs.rsp = (regs.rsp - RED_ZONE) & !63;
+        let mut borrowed = self.borrow_thread(what, Purpose::Function, &mut accept, deadline)?;
+        let mut regs = borrowed.foreign();
+        regs.rsp = borrowed.frame.after_return();
         regs.rip = call.stub.0;
         regs.rax = call.function.0;
         regs.rdi = call.argument;
-        regs.orig_rax = u64::MAX;
-        regs.eflags &= !DIRECTION_FLAG;
         sys::set_registers(borrowed.thread.tid().0, &regs).map_err(failed(pid))?;
         let back = call.stub.0 + CALL_STUB_SYSCALL + SYSCALL.len() as u64;
         // The function's own system calls stop, too; only the stub's tells that it has returned.
@@ -307,7 +333,7 @@ impl PtraceProcess {
     /// Writes by PTRACE_POKETEXT on a thread borrowed for it.
     pub(super) fn poke_borrowed(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
         let deadline = Instant::now() + Duration::from_secs(1);
-        let borrowed = self.borrow_thread("write memory", true, &mut |_, _| true, deadline)?;
+        let borrowed = self.borrow_thread("write memory", Purpose::SystemCalls, &mut |_, _| true, deadline)?;
         let result = self.poke(borrowed.thread.tid(), at, bytes);
         self.give_back(borrowed)?;
         result.map_err(|source| ProcessError::Write { pid: self.pid(), at, len_bytes: bytes.len(), source })

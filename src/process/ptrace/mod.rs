@@ -17,6 +17,7 @@ use crate::maps::{self, Mapping};
 use crate::memory::{ReadMemory, Unreadable};
 
 mod borrow;
+mod frame;
 mod hold;
 pub mod procfs;
 mod sys;
@@ -37,7 +38,7 @@ pub struct PtraceProcess {
     first_runs: HashMap<Tid, u64>,
     /// The same of threads that we borrowed, before that: what they ran for us does not count.
     runs_before_loan: HashMap<Tid, u64>,
-    syscall_at: Option<ProcAddr>,
+    gadgets: Option<frame::Gadgets>,
     /// Traced threads that could not be stopped and so not be let go.
     lingering: Vec<tracee::Running>,
     poke_only: bool,
@@ -80,7 +81,7 @@ impl PtraceProcess {
             own: Vec::new(),
             first_runs: HashMap::new(),
             runs_before_loan: HashMap::new(),
-            syscall_at: None,
+            gadgets: None,
             lingering: Vec::new(),
             poke_only: false,
         };
@@ -88,6 +89,22 @@ impl PtraceProcess {
             process.first_runs.insert(tid, procfs::run_count(pid, tid));
         }
         Ok(process)
+    }
+
+    /// Keeps other commands off the process as long as this lives: a lock on its `/proc/PID/mem`, which ends with us.
+    ///
+    /// # Errors
+    ///
+    /// Another command has it.
+    pub fn lock(&self) -> Result<(), ProcessError> {
+        match sys::lock(&self.mem) {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                let holder = procfs::lock_holder(&self.mem).unwrap_or(0);
+                Err(ProcessError::Busy { pid: self.pid, tracer: Pid(holder) })
+            }
+            Err(e) => Err(self.os_error("lock", e)),
+        }
     }
 
     /// Writes by PTRACE_POKETEXT from now on, as on kernels whose /proc/PID/mem does not write code: for tests.
@@ -132,30 +149,18 @@ impl PtraceProcess {
         ProcessError::from_os(self.pid, what, source)
     }
 
-    /// A `syscall` instruction that threads of the process may execute: one of the vDSO's.
-    fn syscall_insn(&mut self) -> Result<ProcAddr, ProcessError> {
-        if let Some(at) = self.syscall_at {
-            return Ok(at);
+    /// Code of the process by which a borrowed thread finds back alone.
+    fn gadgets(&mut self) -> Result<frame::Gadgets, ProcessError> {
+        if let Some(known) = self.gadgets {
+            return Ok(known);
         }
         let maps = self.mappings()?;
-        let code = |vdso: bool| {
-            maps.iter().filter(move |m| {
-                m.execute
-                    && m.read
-                    && (m.name == "[vdso]") == vdso
-                    && m.range.len_bytes() < 1 << 26
-                    && m.name != "[vsyscall]"
-            })
-        };
-        for m in code(true).chain(code(false)) {
-            let Ok(bytes) = self.read_vec(m.range.start, m.range.len_bytes()) else { continue };
-            if let Some(i) = bytes.windows(2).position(|w| w == crate::insn::SYSCALL) {
-                let at = m.range.start.checked_add(i as u64);
-                self.syscall_at = at;
-                return at.ok_or(ProcessError::Gone(self.pid));
-            }
-        }
-        Err(ProcessError::Proc { pid: self.pid, what: "executable memory without a system call".into() })
+        let found = frame::Gadgets::find(self, &maps).ok_or_else(|| ProcessError::Proc {
+            pid: self.pid,
+            what: "its code (no `syscall; ret`, or no return from signal handlers)".into(),
+        })?;
+        self.gadgets = Some(found);
+        Ok(found)
     }
 
     /// Writes through /proc/PID/mem, or where the kernel does not let that write code, by way of a stopped thread.

@@ -113,6 +113,17 @@ pub fn set_vector_state(tid: pid_t, state: &[u8]) -> io::Result<()> {
     request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, std::ptr::from_mut(&mut io) as usize).map(drop)
 }
 
+/// Bytes of an XSAVE image, in its standard form, that holds these features: x87 and SSE with the header always.
+pub fn vector_extent(features: u64) -> usize {
+    const HEADER_END: usize = 512 + 64;
+    let more = (2..63).filter(|i| features >> i & 1 == 1).map(|i| {
+        // CPUID leaf 0xD, sub-leaf i: size in eax, offset in ebx (Intel SDM 1, 13.4.2).
+        let leaf = std::arch::x86_64::__cpuid_count(0xd, i);
+        (leaf.eax + leaf.ebx) as usize
+    });
+    more.max().unwrap_or(0).max(HEADER_END)
+}
+
 /// Writes one word, by PTRACE_POKETEXT.
 pub fn poke(tid: pid_t, at: ProcAddr, word: u64) -> io::Result<()> {
     request(libc::PTRACE_POKETEXT, tid, at.0 as usize, word as usize).map(drop)
@@ -222,6 +233,17 @@ pub fn open_pidfd(pid: pid_t) -> io::Result<std::os::fd::OwnedFd> {
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
     Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(fd as c_int) })
+}
+
+/// flock(2), exclusive, without waiting; `false` if somebody else has it. It ends with the descriptor.
+pub fn lock(file: &std::fs::File) -> io::Result<bool> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: 1.
+    match check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }.into()) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 /// Whether the process of a pidfd has not ended.

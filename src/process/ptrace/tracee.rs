@@ -228,6 +228,15 @@ pub fn hide_eintr(stopped: &Stopped, raw: &mut RawRegisters) {
     }
 }
 
+/// `rip` and `rax` with which a thread stopped by an interrupt makes its interrupted call again, as the kernel would
+/// have it do; without a call, what they are. A call with a rest of its time left (-516) starts from its whole.
+pub fn restarted(raw: &RawRegisters) -> (u64, u64) {
+    match raw.orig_rax.cast_signed() {
+        nr if nr >= 0 && restarts(raw) => (raw.rip.wrapping_sub(2), raw.orig_rax),
+        _ => (raw.rip, raw.rax),
+    }
+}
+
 /// Whether a system call that was interrupted at an [`Stop::Interrupt`] goes on unseen when the same registers come back.
 pub fn restarts(raw: &RawRegisters) -> bool {
     // -512 ERESTARTSYS, -513 ERESTARTNOINTR, -514 ERESTARTNOHAND, -516 ERESTART_RESTARTBLOCK

@@ -1,0 +1,157 @@
+//! The tool is killed at each of its system calls: the target must run on, all old or all new, and miss nothing.
+//!
+//! The one thing that a kill may show: between a stop and the write that hides it, a blocked call may return EINTR.
+//!
+//! `KILL_STEP=n` tries every n-th place only (default 7; `./ci/kill-matrix` tries all).
+#![allow(unsafe_code)]
+
+mod engine_support;
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use engine_support::{folder, gcc, livepatch, object, write_patch, Recipe, Target};
+
+/// Threads in every kind of wait check what they see; one sends signals that are counted at both ends.
+const SERVER: &str = include_str!("engine_server.c");
+
+const FIX: &str = r#"
+extern int calls;
+extern int plain(int);
+__attribute__((noinline)) int answer(int x) { calls++; return plain(x) + 2001; }
+"#;
+
+/// Runs a command under a tracer that kills it at its `kill_at`-th stop at a system call, entries and exits counted.
+/// Gives the number of stops and, if it lived, its exit code.
+fn traced(args: &[&str], kill_at: Option<u64>) -> (u64, Option<i32>) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_livepatch"));
+    command.args(args).stdout(Stdio::null()).stderr(Stdio::null()).stdin(Stdio::null());
+    // SAFETY: ptrace(2) with PTRACE_TRACEME takes nothing and may be called between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            Ok(())
+        })
+    };
+    let child = command.spawn().unwrap();
+    let pid = child.id().cast_signed();
+    let wait = || {
+        let mut status = 0;
+        // SAFETY: the status is ours; the child is waited for here only.
+        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+        status
+    };
+    let mut status = wait();
+    assert!(libc::WIFSTOPPED(status), "it stops at its start");
+    // SAFETY: a request about our own tracee, with numbers only.
+    unsafe { libc::ptrace(libc::PTRACE_SETOPTIONS, pid, 0, libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL) };
+    let (mut stops, mut signal) = (0, 0);
+    loop {
+        // SAFETY: as above.
+        unsafe { libc::ptrace(libc::PTRACE_SYSCALL, pid, 0, signal) };
+        status = wait();
+        if libc::WIFEXITED(status) {
+            return (stops, Some(libc::WEXITSTATUS(status)));
+        }
+        if libc::WIFSIGNALED(status) {
+            return (stops, None);
+        }
+        signal = match libc::WSTOPSIG(status) {
+            s if s == libc::SIGTRAP | 0x80 => {
+                stops += 1;
+                if Some(stops) == kill_at {
+                    // SAFETY: as above.
+                    unsafe { libc::kill(pid, libc::SIGKILL) };
+                    while !libc::WIFSIGNALED(wait()) {}
+                    return (stops, None);
+                }
+                0
+            }
+            libc::SIGTRAP => 0,
+            other => other,
+        };
+    }
+}
+
+struct Place<'a> {
+    target: Target,
+    pid: String,
+    fix: &'a str,
+}
+
+impl Place<'_> {
+    fn state(&mut self, context: &str) -> String {
+        let answer = self.target.ask("answer 1");
+        assert!(answer == "1002" || answer == "2002", "{context}: {answer}");
+        assert_eq!(self.target.ask("torn"), "0", "{context}: a thread saw what it must not see");
+        let out = livepatch(&["status", &self.pid, "--json"]);
+        assert_eq!(out.code, 0, "{context}: {}", out.stderr);
+        let status: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
+        let patches = status[0]["patches"].as_array().unwrap();
+        let applied = patches.iter().any(|p| p["state"] == "applied");
+        assert_eq!(applied, answer == "2002", "{context}: status says {patches:?}");
+        assert!(patches.iter().all(|p| p["damage"].is_null()), "{context}: {patches:?}");
+        answer
+    }
+
+    fn run(&self, args: &[&str], context: &str) {
+        let out = livepatch(args);
+        assert_eq!(out.code, 0, "{context}: {args:?}: {}{}", out.stdout, out.stderr);
+    }
+}
+
+#[test]
+fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
+    let folder = folder("kill");
+    let old = gcc(&folder, "old", SERVER, &[]);
+    let object = object(&folder, "fix.o", FIX);
+    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer"], may_unwind: false };
+    let fix = write_patch(&recipe, &folder.join("fix.so"));
+    let fix = fix.to_str().unwrap();
+    let step = std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
+    let (mut killed, mut runs) = (0, 0);
+    for action in ["apply", "revert", "apply-again"] {
+        let mut place = begin(&old, fix);
+        let mut at = 1;
+        loop {
+            let context = format!("{action} killed at stop {at}");
+            // Each place is reached from the same state: nothing in the process, or the patch applied, or reverted.
+            if action != "apply" {
+                place.run(&["apply", &place.pid, fix], &context);
+                assert_eq!(place.state(&context), "2002");
+            }
+            if action == "apply-again" {
+                place.run(&["revert", &place.pid], &context);
+            }
+            let args = if action == "revert" { vec!["revert", &place.pid] } else { vec!["apply", &place.pid, fix] };
+            let (_, ended) = traced(&args, Some(at));
+            runs += 1;
+            place.state(&context);
+            place.run(&["recover", &place.pid], &context);
+            let now = place.state(&context);
+            if now == "2002" {
+                place.run(&["revert", &place.pid], &context);
+            }
+            place.run(&["apply", &place.pid, fix], &context);
+            assert_eq!(place.state(&context), "2002");
+            place.run(&["revert", &place.pid], &context);
+            assert_eq!(place.state(&context), "1002");
+            if ended.is_some() {
+                break;
+            }
+            killed += 1;
+            at += step;
+            if action == "apply" {
+                place = begin(&old, fix);
+            }
+        }
+    }
+    println!("{killed} kills in {runs} runs: every target ran on, all old or all new");
+    assert!(killed > 30, "only {killed} kills");
+}
+
+fn begin<'a>(old: &std::path::Path, fix: &'a str) -> Place<'a> {
+    let target = Target::start(old, &[]);
+    let pid = target.pid().to_string();
+    Place { target, pid, fix }
+}
