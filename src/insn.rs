@@ -75,8 +75,7 @@ pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
 pub const SYSCALL_RET: [u8; 3] = [0x0f, 0x05, 0xc3];
 
 /// `mov rax, 15; syscall` and `mov eax, 15; syscall`: rt_sigreturn, as the C libraries have it.
-pub const SIGRETURN: [&[u8]; 2] =
-    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+pub const SIGRETURN: [&[u8]; 2] = [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
 
 /// What a function's body does to its entry.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]

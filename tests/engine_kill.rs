@@ -33,6 +33,7 @@ fn traced(args: &[&str], kill_at: Option<u64>) -> (u64, Option<i32>) {
             Ok(())
         })
     };
+    #[expect(clippy::zombie_processes, reason = "it is waited for by waitpid(2), stop by stop")]
     let child = command.spawn().unwrap();
     let pid = child.id().cast_signed();
     let wait = || {
@@ -73,13 +74,12 @@ fn traced(args: &[&str], kill_at: Option<u64>) -> (u64, Option<i32>) {
     }
 }
 
-struct Place<'a> {
+struct Place {
     target: Target,
     pid: String,
-    fix: &'a str,
 }
 
-impl Place<'_> {
+impl Place {
     fn state(&mut self, context: &str) -> String {
         let answer = self.target.ask("answer 1");
         assert!(answer == "1002" || answer == "2002", "{context}: {answer}");
@@ -109,10 +109,10 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let fix = fix.to_str().unwrap();
     let step = std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
-    let (mut killed, mut runs) = (0, 0);
+    let mut killed = 0;
     for action in ["apply", "revert", "apply-again"] {
-        let mut place = begin(&old, fix);
-        let mut at = 1;
+        let mut place = begin(&old);
+        let (mut at, mut here) = (1, 0);
         loop {
             let context = format!("{action} killed at stop {at}");
             // Each place is reached from the same state: nothing in the process, or the patch applied, or reverted.
@@ -124,8 +124,7 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
                 place.run(&["revert", &place.pid], &context);
             }
             let args = if action == "revert" { vec!["revert", &place.pid] } else { vec!["apply", &place.pid, fix] };
-            let (_, ended) = traced(&args, Some(at));
-            runs += 1;
+            let (stops, ended) = traced(&args, Some(at));
             place.state(&context);
             place.run(&["recover", &place.pid], &context);
             let now = place.state(&context);
@@ -137,21 +136,51 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
             place.run(&["revert", &place.pid], &context);
             assert_eq!(place.state(&context), "1002");
             if ended.is_some() {
+                println!("{action:12} {stops:6} places  {here:6} kills  {here:6} survived");
                 break;
             }
-            killed += 1;
+            (killed, here) = (killed + 1, here + 1);
             at += step;
             if action == "apply" {
-                place = begin(&old, fix);
+                place = begin(&old);
             }
         }
     }
-    println!("{killed} kills in {runs} runs: every target ran on, all old or all new");
+    println!("{killed} kills: every target ran on, all old or all new");
     assert!(killed > 30, "only {killed} kills");
 }
 
-fn begin<'a>(old: &std::path::Path, fix: &'a str) -> Place<'a> {
+fn begin(old: &std::path::Path) -> Place {
     let target = Target::start(old, &[]);
     let pid = target.pid().to_string();
-    Place { target, pid, fix }
+    Place { target, pid }
+}
+
+#[test]
+fn the_second_of_two_commands_names_the_first() {
+    use livepatch::patch::PatchFile;
+    use livepatch::patcher::{Options, Patcher};
+    use livepatch::process::Pid;
+
+    let folder = folder("kill-lock");
+    let old = gcc(&folder, "old", SERVER, &[]);
+    let object = object(&folder, "fix.o", FIX);
+    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer"], may_unwind: false };
+    let fix = write_patch(&recipe, &folder.join("fix.so"));
+    let target = Target::start(&old, &[]);
+    let pid = target.pid().to_string();
+    let mut first = Patcher::open(Pid(target.pid())).unwrap();
+    let patch = PatchFile::parse(&std::fs::read(&fix).unwrap()).unwrap();
+    first.apply(&patch, &Options::default()).unwrap();
+    let lock = first.process().lock().unwrap();
+    for args in [&["revert", &pid][..], &["apply", &pid, fix.to_str().unwrap()], &["recover", &pid]] {
+        let out = livepatch(args);
+        assert_eq!(out.code, 1, "{args:?}: {}", out.stderr);
+        let own = format!("(PID {})", std::process::id());
+        assert!(out.stderr.contains("another livepatch command") && out.stderr.contains(&own), "{}", out.stderr);
+    }
+    assert_eq!(livepatch(&["status", &pid]).code, 0);
+    drop(lock);
+    assert_eq!(livepatch(&["recover", &pid]).stdout, format!("process {pid}: nothing to recover\n"));
+    assert_eq!(livepatch(&["revert", &pid]).code, 0);
 }

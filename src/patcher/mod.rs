@@ -153,7 +153,7 @@ impl Patcher {
 
     fn try_apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
         let _undisturbed = Undisturbed::begin();
-        self.process.lock()?;
+        let _lock = self.process.lock()?;
         self.finished()?;
         let deadline = Instant::now() + options.timeout;
         self.remove_unused(deadline)?;
@@ -218,7 +218,7 @@ impl Patcher {
 
     fn try_revert(&mut self, name: Option<&str>, options: &Options) -> Result<Report, Error> {
         let _undisturbed = Undisturbed::begin();
-        self.process.lock()?;
+        let _lock = self.process.lock()?;
         self.finished()?;
         let deadline = Instant::now() + options.timeout;
         let mut records = self.records()?;

@@ -95,7 +95,7 @@ impl Patcher {
 
     fn try_recover(&mut self, options: &Options) -> Result<Vec<Recovered>, Error> {
         let _undisturbed = Undisturbed::begin();
-        self.process.lock()?;
+        let _lock = self.process.lock()?;
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
         let mut out = Vec::new();
@@ -114,9 +114,9 @@ impl Patcher {
     /// An interrupted command's work must be finished before another begins.
     pub(super) fn finished(&mut self) -> Result<(), Error> {
         for found in self.records()? {
-            let unused = found.mutable.state == State::Staged;
             let lead = entries(&self.process, &found)?;
-            if !is_finished(&found, lead) && !(unused && lead == Entries::Old) {
+            let unused = found.mutable.state == State::Staged && lead == Entries::Old;
+            if !(unused || is_finished(&found, lead)) {
                 return Err(Refusal::Unfinished { name: found.payload.patch }.into());
             }
         }

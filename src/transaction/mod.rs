@@ -6,23 +6,22 @@
 
 use std::time::Instant;
 
-use crate::addr::{LoadBias, ProcAddr, ProcRange};
+use crate::addr::{ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
-use crate::patch::{HexBytes, PatchFile};
+use crate::patch::PatchFile;
 use crate::plan::{self, CodeEdit, Layout, Links, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
     StackCheck,
 };
-use crate::registry::{
-    encode, encode_mutable, EntryRecord, Found, FunctionRecord, Mutable, OldRecord, Payload, RangeRecord, State,
-    Unwind, MUTABLE_AT,
-};
-use crate::stack::{Part, Watched};
+use crate::registry::{encode, encode_mutable, EntryRecord, Found, Mutable, Payload, State, Unwind, MUTABLE_AT};
+use crate::stack::Watched;
 
+mod record;
 mod swap;
 
+use record::{payload, watch_new, watch_old, with_entries};
 pub use swap::SwapError;
 
 /// Why a transition did not happen; the process is as it was.
@@ -92,59 +91,6 @@ impl Replaced {
         out.extend(applied.iter().filter(|j| !edits.iter().any(|e| e.at == j.at)).cloned());
         Some(out)
     }
-}
-
-fn range_record(bias: LoadBias, at: crate::addr::ImageAddr, len_bytes: u64) -> Option<RangeRecord> {
-    ProcRange::new(bias.to_process(at)?, len_bytes).map(Into::into)
-}
-
-fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, branches: &[bool]) -> Option<Payload> {
-    let manifest = &patch.manifest;
-    let mut functions = Vec::with_capacity(manifest.functions.len());
-    for (i, f) in manifest.functions.iter().enumerate() {
-        let old = match &f.old {
-            None => None,
-            Some(old) => Some(OldRecord {
-                body: range_record(bias, old.at, old.size)?,
-                branches_to_entry: branches.get(i).copied().unwrap_or(true),
-                companions: old.companions.iter().map(|c| range_record(bias, c.at, c.size)).collect::<Option<_>>()?,
-            }),
-        };
-        functions.push(FunctionRecord {
-            name: f.name.clone(),
-            demangled: f.demangled.clone(),
-            new: ProcRange::new(layout.base.checked_add(f.new_at)?, f.new_size)?.into(),
-            old,
-        });
-    }
-    let eh_frame = match patch.eh_frame {
-        None => None,
-        Some((at, len_bytes)) => Some(ProcRange::new(layout.base.checked_add(at)?, len_bytes)?.into()),
-    };
-    Some(Payload {
-        patch: manifest.name.clone(),
-        digest: HexBytes(patch.digest.to_vec()),
-        build_id: manifest.target.build_id.clone(),
-        base: layout.base,
-        stub: layout.stub,
-        eh_frame,
-        record_bytes: layout.stub.offset_from(layout.region.start)?,
-        entries: Vec::new(),
-        functions,
-    })
-}
-
-fn with_entries(mut payload: Payload, edits: &[CodeEdit]) -> Payload {
-    payload.entries = edits
-        .iter()
-        .map(|e| EntryRecord {
-            function: e.function.clone(),
-            at: e.at,
-            original: HexBytes(e.expected.to_vec()),
-            jump: HexBytes(e.new.to_vec()),
-        })
-        .collect();
-    payload
 }
 
 impl Planned {
@@ -570,37 +516,6 @@ pub struct Reverted {
     pub times: HoldTimes,
     /// How many entries were written back.
     pub entries: usize,
-}
-
-fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
-    payload.entries.iter().filter_map(|e| {
-        let start = e.at.checked_add(1)?;
-        let range = ProcRange::new(start, e.original.0.len() as u64 - 1)?;
-        Some(Watched { name: e.function.clone(), range, part: Part::Window })
-    })
-}
-
-/// Old bodies, their companions and all entry windows.
-fn watch_old(payload: &Payload) -> Vec<Watched> {
-    let mut out: Vec<Watched> = windows(payload).collect();
-    for f in &payload.functions {
-        let Some(old) = &f.old else { continue };
-        let part = Part::Body { branches_to_entry: old.branches_to_entry };
-        let ranges = std::iter::once((old.body, part)).chain(old.companions.iter().map(|c| (*c, Part::Companion)));
-        let name = &f.demangled;
-        out.extend(ranges.filter_map(|(r, part)| Some(Watched { name: name.clone(), range: r.range()?, part })));
-    }
-    out
-}
-
-/// New functions, any place of which may be in the middle of a call, and all entry windows.
-fn watch_new(payload: &Payload) -> Vec<Watched> {
-    let part = Part::Body { branches_to_entry: true };
-    let new = payload
-        .functions
-        .iter()
-        .filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part }));
-    new.chain(windows(payload)).collect()
 }
 
 #[cfg(test)]

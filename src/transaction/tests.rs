@@ -2,7 +2,9 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::addr::ImageAddr;
+use crate::addr::LoadBias;
 use crate::memory::Unreadable;
+use crate::patch::HexBytes;
 use crate::patch::{BuildRef, Entry, Function, Manifest, OldFunction, Segment, SegmentKind, Status};
 use crate::process::fake::FakeProcess;
 use crate::process::{HeldThread, Registers, Tid, RSP};

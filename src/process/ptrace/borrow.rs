@@ -11,9 +11,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::frame::{Frame, Gadgets};
 use super::sys::{self, RawRegisters};
 use super::tracee::{self, Running, Stop, Stopped, Waited};
-use super::frame::{Frame, Gadgets};
 use super::{procfs, PtraceProcess};
 use crate::addr::ProcAddr;
 use crate::insn::{CALL_STUB_SYSCALL, SYSCALL};

@@ -44,6 +44,11 @@ pub struct PtraceProcess {
     poke_only: bool,
 }
 
+/// The right to change a process, until dropped.
+#[derive(Debug)]
+#[must_use = "dropped, the process is anybody's"]
+pub struct Lock(#[expect(dead_code, reason = "closing the file is what unlocks")] File);
+
 impl PtraceProcess {
     /// Opens a process without touching it.
     ///
@@ -91,16 +96,18 @@ impl PtraceProcess {
         Ok(process)
     }
 
-    /// Keeps other commands off the process as long as this lives: a lock on its `/proc/PID/mem`, which ends with us.
+    /// Keeps other commands off the process: a lock on its `/proc/PID/mem`, which ends at the latest with us.
     ///
     /// # Errors
     ///
     /// Another command has it.
-    pub fn lock(&self) -> Result<(), ProcessError> {
-        match sys::lock(&self.mem) {
-            Ok(true) => Ok(()),
+    pub fn lock(&self) -> Result<Lock, ProcessError> {
+        let mem = OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", self.pid));
+        let mem = mem.map_err(|e| self.os_error("lock", e))?;
+        match sys::lock(&mem) {
+            Ok(true) => Ok(Lock(mem)),
             Ok(false) => {
-                let holder = procfs::lock_holder(&self.mem).unwrap_or(0);
+                let holder = procfs::lock_holder(&mem).unwrap_or(0);
                 Err(ProcessError::Busy { pid: self.pid, tracer: Pid(holder) })
             }
             Err(e) => Err(self.os_error("lock", e)),

@@ -200,6 +200,18 @@ pub fn auxiliary(pid: Pid, kind: u64) -> Option<u64> {
     pairs.find(|(k, _)| *k == kind).map(|(_, v)| v)
 }
 
+/// Who holds the flock(2) on an open file, by `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 4711 00:15:32085 0 EOF`.
+pub fn lock_holder(file: &std::fs::File) -> Option<i32> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = format!(":{}", file.metadata().ok()?.ino());
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let mut words = line.split_whitespace().skip(1).filter(|w| *w != "->");
+        let (kind, pid, place) = (words.next()?, words.nth(2)?, words.next()?);
+        (kind == "FLOCK" && place.ends_with(&inode)).then(|| pid.parse().ok()).flatten()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,16 +259,4 @@ mod tests {
         assert!(processes().contains(&pid));
         assert!(auxiliary(pid, 3).is_some());
     }
-}
-
-/// Who holds the flock(2) on an open file, by `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 4711 00:15:32085 0 EOF`.
-pub fn lock_holder(file: &std::fs::File) -> Option<i32> {
-    use std::os::unix::fs::MetadataExt;
-    let inode = format!(":{}", file.metadata().ok()?.ino());
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    locks.lines().find_map(|line| {
-        let mut words = line.split_whitespace().skip(1).filter(|w| *w != "->");
-        let (kind, pid, place) = (words.next()?, words.nth(2)?, words.next()?);
-        (kind == "FLOCK" && place.ends_with(&inode)).then(|| pid.parse().ok()).flatten()
-    })
 }
