@@ -143,7 +143,9 @@ fn changes<'a>(guard: &mut Guard<'a, '_>, old: &'a Types, new: &'a Types) -> Vec
             if !certain && like.iter().any(|n| equal(&mut guard.compare, *n)) {
                 continue;
             }
-            if let Some(to) = guard.compare.changed_into(def, new.defs(first), Compare::by_content(text)) {
+            if let Some(to) =
+                guard.compare.changed_into(def, old.defs(name), new.defs(first), Compare::by_content(text))
+            {
                 let mut what = guard.compare.layouts(&def.layout, &to.layout);
                 // Another suspend point renumbers nothing that is seen here, and still is another machine.
                 let more = std::mem::take(&mut what.more_variants);

@@ -144,19 +144,22 @@ impl<'a> Compare<'a> {
     }
 
     /// The new definition that an old one of the same name became: that of the same file, else an equal one.
-    /// `None` if it is among them unchanged.
-    pub fn changed_into<'n>(&mut self, def: &Def, news: &'n [Def], anywhere: bool) -> Option<&'n Def> {
+    /// `None` if it is among them unchanged, and the file has no other that none of `olds` is: units of which only some
+    /// were compiled again have both.
+    pub fn changed_into<'n>(&mut self, def: &Def, olds: &[Def], news: &'n [Def], anywhere: bool) -> Option<&'n Def> {
         let file = |types: &Types, d: &Def| -> HashSet<String> {
             d.files.iter().filter_map(|f| types.name(f.0).rsplit('/').next().map(str::to_owned)).collect()
         };
         let files = file(self.old, def);
         let near: Vec<&Def> = news.iter().filter(|n| !files.is_disjoint(&file(self.new, n))).collect();
         let among: Vec<&Def> = if near.is_empty() || anywhere { news.iter().collect() } else { near.clone() };
-        if among.iter().any(|n| {
-            let d = self.layouts(&def.layout, &n.layout);
-            d.is_none()
-        }) {
-            return None;
+        let equal = |compare: &mut Self, old: &Def, new: &Def| {
+            let difference = compare.layouts(&old.layout, &new.layout);
+            difference.is_none()
+        };
+        if among.iter().any(|n| equal(self, def, n)) {
+            let mut others = near.iter().filter(|_| !anywhere);
+            return others.find(|n| !olds.iter().any(|old| equal(self, old, n))).copied();
         }
         near.first().copied().or(news.first())
     }

@@ -260,7 +260,8 @@ fn grouped<'d>(raws: Vec<Raw<'d>>, rel_syms: &mut [RelSym<'d>], target: fn(u32) 
         for r in &raws {
             rel_syms[r.index].target = target(out.len() as u32);
         }
-        let size = raws.iter().map(|r| r.size).max().unwrap_or(0);
+        // A damaged symbol may claim more than there are addresses.
+        let size = raws.iter().map(|r| r.size).max().unwrap_or(0).min(u64::MAX - addr);
         out.push(Object { addr, size, names: raws.into_iter().map(|r| r.name).collect() });
     }
     out
