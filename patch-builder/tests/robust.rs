@@ -147,4 +147,11 @@ fn what_fuzzing_found_stays_mended() {
         }
     }
     assert!(seen > 0, "no finding in {} is an ELF file any more", dir.display());
+    // Line tables with addresses and file numbers that no table has.
+    let dir = dir.with_file_name("lines");
+    for entry in std::fs::read_dir(&dir).expect("tests/fuzz/regressions/lines").map(|e| e.expect("an entry").path()) {
+        let bytes = std::fs::read(&entry).expect("a finding");
+        let lines = patch_builder::build::Lines::load(&bytes, &[(0, u64::MAX / 2)]);
+        assert!(lines.present, "{}: its units are not read any more", entry.display());
+    }
 }

@@ -112,10 +112,11 @@ fn unit_rows<'a>(
     if let Some(program) = unit.line_program.clone() {
         let mut iter = program.rows();
         while let Ok(Some((header, row))) = iter.next_row() {
-            if row.end_sequence() || !hit(row.address(), row.address() + 1) {
+            if row.end_sequence() || !hit(row.address(), row.address().saturating_add(1)) {
                 continue;
             }
-            let index = row.file_index() as usize;
+            // A row of a file that its table does not have proves nothing.
+            let Some(index) = row.file(header).and_then(|_| usize::try_from(row.file_index()).ok()) else { continue };
             if files.len() <= index {
                 files.resize(index + 1, String::new());
             }
@@ -168,7 +169,7 @@ fn call_lines<'a>(
         let column = number(gimli::DW_AT_call_column).unwrap_or(0);
         let Ok(mut ranges) = dwarf.die_ranges(unit, entry) else { continue };
         while let Ok(Some(r)) = ranges.next() {
-            if hit(r.begin, r.begin + 1) {
+            if hit(r.begin, r.begin.saturating_add(1)) {
                 rows.push(Row { addr: r.begin, line, column, file: u32::MAX });
             }
         }
