@@ -2,7 +2,7 @@
 //!
 //! The thread is stopped by PTRACE_INTERRUPT, its registers, signal mask and vector state are kept. Then a signal
 //! frame with all of it is written below its stack, and only then it gets registers of ours: from here on it finds
-//! back alone, by rt_sigreturn(2), whenever we die ([`frame`]). It runs what we set up from one system-call stop to
+//! back alone, by rt_sigreturn(2), whenever we die ([`super::frame`]). It runs what we set up from one system-call stop to
 //! the next. To give it back, it is interrupted again: only at a stop of that kind does the kernel restart the call
 //! that the thread was blocked in (at a stop of a system call's exit the program would see errno 512).
 //!

@@ -85,7 +85,7 @@ pub struct Frame {
 
 impl Frame {
     /// For a thread that an interrupt stopped, with its signal mask and its vector state as
-    /// [`sys::vector_state`](super::sys::vector_state) gives it. `None` if the stack pointer is no stack's.
+    /// [`sys::vector_state`] gives it. `None` if the stack pointer is no stack's.
     pub fn new(regs: &RawRegisters, mask: u64, vector: &[u8], back: ProcAddr) -> Option<Self> {
         let features = u64::from_le_bytes(*vector.get(FEATURES..)?.first_chunk()?) | X87_AND_SSE;
         // No more than that: the kernel refuses an image that is longer than what this thread may have.
