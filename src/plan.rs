@@ -56,7 +56,7 @@ pub struct CodeEdit {
 pub struct Layout {
     /// The whole mapping.
     pub region: ProcRange,
-    /// Where [`insn::CALL_STUB`] goes.
+    /// Where [`insn::CALL_STUB`] goes; the switch stubs are on the pages behind it.
     pub stub: ProcAddr,
     /// The patch's own address zero.
     pub base: ProcAddr,
@@ -67,7 +67,8 @@ impl Layout {
     #[must_use]
     pub fn at(start: ProcAddr, record_bytes: u64, patch: &PatchFile) -> Option<Self> {
         let stub = start.checked_add(record_bytes.checked_next_multiple_of(PAGE)?)?;
-        let base = stub.checked_add(PAGE)?;
+        let stubs = switched(patch).checked_mul(insn::STUB_BYTES)?.checked_next_multiple_of(PAGE)?;
+        let base = stub.checked_add(PAGE)?.checked_add(stubs)?;
         let end = base.checked_add(patch.len_bytes())?;
         Some(Self { region: ProcRange { start, end }, stub, base })
     }
@@ -102,6 +103,49 @@ impl Layout {
     }
 }
 
+/// How many of the patch's entries are switched together by one word: those of a patch with several. A patch that takes
+/// the place of another writes its entries in one hold.
+#[must_use]
+pub fn switched(patch: &PatchFile) -> u64 {
+    let entries = patch.manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
+    match entries.count() as u64 {
+        n if n >= 2 && patch.manifest.after.is_none() => n,
+        _ => 0,
+    }
+}
+
+/// The switch stubs of a patch: the jumps that lead to them, in the order of `edits`, and their code. While the word at `word`
+/// is `applied` they lead to the new functions, otherwise on in the old ones.
+///
+/// # Errors
+///
+/// What an entry jump overwrites cannot be moved.
+pub fn leads(
+    patch: &PatchFile,
+    layout: &Layout,
+    edits: &[CodeEdit],
+    facts: &[OldFacts],
+    word: (ProcAddr, u8),
+) -> Result<Vec<(CodeEdit, Vec<u8>)>, Refusal> {
+    if switched(patch) == 0 {
+        return Ok(Vec::new());
+    }
+    let entered =
+        patch.manifest.functions.iter().zip(facts).filter(|(f, _)| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
+    let mut out = Vec::with_capacity(edits.len());
+    for (i, (edit, (f, facts))) in edits.iter().zip(entered).enumerate() {
+        let far = || Refusal::OutOfReach { at: edit.at, to: layout.base };
+        let at = layout.stub.checked_add(PAGE + i as u64 * insn::STUB_BYTES).ok_or_else(far)?;
+        let new = layout.base.checked_add(f.new_at).ok_or_else(far)?;
+        let code = insn::switch_stub(at, word, new, edit.at, &facts.overwritten)
+            .map_err(|e| Refusal::EntryImmovable { function: f.demangled.clone(), why: e.to_string() })?;
+        let jump = Edit::Jump { at: edit.at, to: at }.encode();
+        let jump = jump.map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;
+        out.push((CodeEdit { new: jump, ..edit.clone() }, code));
+    }
+    Ok(out)
+}
+
 /// What a patch refers to outside of itself, in the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Links {
@@ -124,14 +168,24 @@ impl Links {
     }
 }
 
-/// The patch's segments, relocated, and the stub page.
+/// The patch's segments, relocated, and the stub pages with the switch stubs.
 ///
 /// # Errors
 ///
 /// A relocation does not reach its target.
-pub fn pieces(patch: &PatchFile, layout: &Layout, links: &Links) -> Result<Vec<Piece>, Refusal> {
+pub fn pieces(
+    patch: &PatchFile,
+    layout: &Layout,
+    links: &Links,
+    stubs: &[(CodeEdit, Vec<u8>)],
+) -> Result<Vec<Piece>, Refusal> {
     let stub_range = ProcRange { start: layout.stub, end: layout.base };
-    let mut out = vec![Piece { range: stub_range, access: Access::Execute, bytes: insn::CALL_STUB.to_vec() }];
+    let mut bytes = insn::CALL_STUB.to_vec();
+    for (i, (_, code)) in stubs.iter().enumerate() {
+        bytes.resize((PAGE + i as u64 * insn::STUB_BYTES) as usize, 0xcc);
+        bytes.extend(code);
+    }
+    let mut out = vec![Piece { range: stub_range, access: Access::Execute, bytes }];
     for segment in &patch.segments {
         let mut bytes = segment.data.clone();
         let first = patch.relocs.partition_point(|r| r.at < segment.at);
@@ -229,14 +283,23 @@ pub fn old_code(function: &Function, bias: LoadBias) -> Option<Vec<ProcRange>> {
     Some(out)
 }
 
-/// Judges one old function by its bytes in memory, as [`old_code`] asked for them. Tells whether its body branches
-/// back to its entry.
+/// What an old function is like, by its bytes in memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OldFacts {
+    /// Whether its body branches back to its entry.
+    pub branches_to_entry: bool,
+    /// Its code from the entry on, as far as the entry jump may reach into it.
+    pub overwritten: Vec<u8>,
+}
+
+/// Judges one old function by its bytes in memory, as [`old_code`] asked for them.
 ///
 /// # Errors
 ///
 /// It is not the code that the patch was built for, or its entry cannot take a jump.
-pub fn check_old_code(function: &Function, bias: LoadBias, code: &[Vec<u8>]) -> Result<bool, Refusal> {
-    let Some(old) = &function.old else { return Ok(false) };
+pub fn check_old_code(function: &Function, bias: LoadBias, code: &[Vec<u8>]) -> Result<OldFacts, Refusal> {
+    let mut facts = OldFacts::default();
+    let Some(old) = &function.old else { return Ok(facts) };
     let name = &function.demangled;
     let at = bias.to_process(old.at).unwrap_or_default();
     let damaged = || Refusal::CodeChanged { function: name.clone(), at, breakpoint: false };
@@ -256,22 +319,22 @@ pub fn check_old_code(function: &Function, bias: LoadBias, code: &[Vec<u8>]) -> 
         if whole.get(offset..offset + ENTRY_JUMP_LEN as usize) != Some(&*entry.original.0) {
             return Err(damaged());
         }
+        facts.overwritten = whole.iter().skip(offset).take(insn::OVERWRITTEN).copied().collect();
     }
     let entries = [Some(at), window.map(|w| w.start)].map(|a| a.unwrap_or(at));
-    let mut branches_to_entry = false;
     let starts = std::iter::once(at).chain(old.companions.iter().filter_map(|c| bias.to_process(c.at)));
     for (i, start) in starts.enumerate() {
         let bytes = if i == 0 { body } else { code.get(i).map_or(&[][..], Vec::as_slice) };
-        let facts = insn::survey(bytes, start, &entries, window);
-        if let Some(at) = facts.undecodable {
+        let found = insn::survey(bytes, start, &entries, window);
+        if let Some(at) = found.undecodable {
             return Err(Refusal::Undecodable { function: name.clone(), at });
         }
-        if let Some((from, to)) = facts.into_window {
+        if let Some((from, to)) = found.into_window {
             return Err(Refusal::BranchIntoEntry { function: name.clone(), from, to });
         }
-        branches_to_entry |= facts.branches_to_entry;
+        facts.branches_to_entry |= found.branches_to_entry;
     }
-    Ok(branches_to_entry)
+    Ok(facts)
 }
 
 fn same_code(name: &str, bytes: &[u8], at: ProcAddr, sha256: &[u8]) -> Result<(), Refusal> {

@@ -15,10 +15,11 @@ use engine_support::{folder, gcc, livepatch, object, write_patch, Recipe, Target
 /// Threads in every kind of wait check what they see; one sends signals that are counted at both ends.
 const SERVER: &str = include_str!("engine_server.c");
 
+/// Two functions: half of it would answer 1502.
 const FIX: &str = r#"
 extern int calls;
-extern int plain(int);
-__attribute__((noinline)) int answer(int x) { calls++; return plain(x) + 2001; }
+__attribute__((noinline)) int plain(int x) { __asm__ volatile("" ::: "memory"); return x + 500; }
+__attribute__((noinline)) int answer(int x) { calls++; return plain(x) + 1501; }
 "#;
 
 /// Runs a command under a tracer that kills it at its `kill_at`-th stop at a system call, entries and exits counted.
@@ -105,7 +106,7 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
     let folder = folder("kill");
     let old = gcc(&folder, "old", SERVER, &[]);
     let object = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer"], may_unwind: false };
+    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer", "plain"], may_unwind: false };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let fix = fix.to_str().unwrap();
     let step = std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
@@ -151,8 +152,9 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
 }
 
 fn begin(old: &std::path::Path) -> Place {
-    let target = Target::start(old, &[]);
+    let mut target = Target::start(old, &[]);
     let pid = target.pid().to_string();
+    assert_eq!(target.ask("hammer"), "on");
     Place { target, pid }
 }
 
@@ -165,7 +167,7 @@ fn the_second_of_two_commands_names_the_first() {
     let folder = folder("kill-lock");
     let old = gcc(&folder, "old", SERVER, &[]);
     let object = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer"], may_unwind: false };
+    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer", "plain"], may_unwind: false };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let target = Target::start(&old, &[]);
     let pid = target.pid().to_string();

@@ -128,6 +128,19 @@ static void *in_registers(void *arg)
 	return arg;
 }
 
+/* calls without end; every result must be of one version: 1002, or 2002 */
+static void *hammer(void *arg)
+{
+	for (;;) {
+		int r = answer(1);
+		if (r != 1002 && r != 2002)
+			errors++;
+		for (int i = 0; i < 1000; i++)
+			__builtin_ia32_pause();
+	}
+	return arg;
+}
+
 static void on_usr1(int s) { (void)s; }
 
 #ifdef CONTEXTS
@@ -174,6 +187,9 @@ int main(int argc, char **argv)
 			while (!entered)
 				usleep(100);
 			printf("in\n");
+		} else if (!strncmp(line, "hammer", 6)) {
+			pthread_create(&t, NULL, hammer, NULL);
+			printf("on\n");
 		} else if (!strncmp(line, "leave", 5)) {
 			leave = 1;
 			while (leave != 2)

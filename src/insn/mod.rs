@@ -4,6 +4,10 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
 use crate::addr::{ProcAddr, ProcRange};
 
+mod stub;
+
+pub use stub::{original_thunk, switch_stub, StubError, OVERWRITTEN, STUB_BYTES};
+
 /// An instruction that we write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edit {

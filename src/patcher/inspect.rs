@@ -7,7 +7,7 @@ use crate::image::Image;
 use crate::link::{LinkError, Scope};
 use crate::memory::ReadMemory;
 use crate::patch::{HexBytes, PatchFile};
-use crate::plan::{self, Links, Refusal};
+use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
 use crate::registry::{Found, FunctionRecord, State, Unwind};
@@ -55,7 +55,7 @@ impl Patcher {
         if !options.allow_contexts {
             self.check_contexts()?;
         }
-        let branches = self.check_code(image, patch, replaced.as_ref())?;
+        let facts = self.check_code(image, patch, replaced.as_ref())?;
         let previous = replaced.as_ref().map(|r| r.found.payload.base);
         let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous };
         let register_frame = self.find_register_frame();
@@ -66,8 +66,8 @@ impl Patcher {
         let known = |r: &&Found| r.payload.digest.0 == patch.digest && r.mutable.unwind != Unwind::Registering;
         let earlier = records.iter().find(known);
         let planned = match earlier {
-            Some(found) => Planned::again(patch, &links, found, &branches, replaced)?,
-            None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &branches, replaced)?,
+            Some(found) => Planned::again(patch, &links, found, &facts, replaced)?,
+            None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &facts, replaced)?,
         };
         Ok(Inspected { planned: Some(planned), already: false, register_frame, sequence })
     }
@@ -195,8 +195,13 @@ impl Patcher {
         Ok(found.map_err(|e| Refusal::Import { what: e.to_string(), remedy: e.remedy().into() })?)
     }
 
-    /// Compares every old function with what the patch was built for; tells for each whether it branches to its entry.
-    fn check_code(&self, image: &Image, patch: &PatchFile, replaced: Option<&Replaced>) -> Result<Vec<bool>, Error> {
+    /// Compares every old function with what the patch was built for; tells what each is like.
+    fn check_code(
+        &self,
+        image: &Image,
+        patch: &PatchFile,
+        replaced: Option<&Replaced>,
+    ) -> Result<Vec<OldFacts>, Error> {
         let functions = &patch.manifest.functions;
         let mut ranges: Vec<ProcRange> = Vec::new();
         let mut counts = Vec::with_capacity(functions.len());
@@ -226,17 +231,17 @@ impl Patcher {
             }
         }
         let mut next = 0;
-        let mut branches = Vec::with_capacity(functions.len());
+        let mut facts = Vec::with_capacity(functions.len());
         for (f, count) in functions.iter().zip(counts) {
             let end = next + count;
             if let Some(i) = (next..end).find(|i| read.get(*i) != Some(&true)) {
                 let at = ranges.get(i).map_or(ProcAddr(0), |r| r.start);
                 return Err(Refusal::CodeChanged { function: f.demangled.clone(), at, breakpoint: false }.into());
             }
-            branches.push(plan::check_old_code(f, image.bias, code.get(next..end).unwrap_or(&[]))?);
+            facts.push(plan::check_old_code(f, image.bias, code.get(next..end).unwrap_or(&[]))?);
             next = end;
         }
-        Ok(branches)
+        Ok(facts)
     }
 
     /// Where `__register_frame` of libgcc is: in its library, or linked into the executable and exported.

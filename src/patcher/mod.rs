@@ -9,20 +9,23 @@ use crate::image::Image;
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
-use crate::plan::Refusal;
+use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
 use crate::stack::{Cfi, Part, WatchList, Watched};
-use crate::transaction::{Applied, Planned, SwapError, TransactionError};
+use crate::transaction::{Applied, Planned, Staged, SwapError, TransactionError};
 
 mod blame;
 mod error;
 mod idle;
 mod inspect;
 mod recover;
+mod rewrite;
 mod status;
+
+use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
 pub use recover::{Outcome, Recovered};
@@ -166,6 +169,7 @@ impl Patcher {
         };
         let register_frame = inspected.register_frame;
         let pid = self.process.pid();
+        let place = Place { images: &self.images, maps: &self.maps, patch: &patch.manifest.name };
         let mut staged = planned.stage(&mut self.process, deadline)?;
         if staged.wants_registration() {
             match register_frame {
@@ -180,10 +184,19 @@ impl Patcher {
                 ),
             }
         }
+        let mut retry = Retry::new(deadline, options.hold);
+        let (leads, windows) = (staged.leads().to_vec(), staged.windows());
+        if !leads.is_empty() {
+            staged.set_led(true);
+        }
+        let led = place.rewrite(staged.process(), &leads, windows.clone(), &mut retry);
+        let mut longest = match led {
+            Ok(times) => times,
+            Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
+        };
         let mut watched = staged.watched();
         watched.extend(signal_returns(staged.process(), &self.images, &self.maps));
         let watch = WatchList::new(watched);
-        let mut retry = Retry::new(deadline, options.hold);
         let committed = loop {
             let stacks = StackMap::new(&staged.process().mappings()?);
             if retry.wants_tables {
@@ -197,12 +210,21 @@ impl Patcher {
                     let (back, error) = *failed;
                     staged = back;
                     let blocked = checker.into_blocked();
-                    retry.again(error, blocked, staged.process(), &self.images, pid, &patch.manifest.name)?;
+                    let again = retry.again(error, blocked, staged.process(), &self.images, pid, place.patch);
+                    if let Err(e) = again {
+                        return Err(take_back(&place, staged, &leads, options, e));
+                    }
                 }
             }
         };
+        longest = longer(longest, committed.times);
+        let mut after = Retry::new(Instant::now() + options.timeout, options.hold);
+        match place.rewrite(&mut self.process, &committed.rest, windows, &mut after) {
+            Ok(times) => longest = longer(longest, times),
+            Err(e) => report.warnings.push(format!("calls go through switch stubs until `livepatch recover`: {e}")),
+        }
         report.entries = committed.entries;
-        report.fill(committed.times, retry.attempts);
+        report.fill(longest, retry.attempts);
         Ok(report)
     }
 
@@ -237,10 +259,22 @@ impl Patcher {
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
         let mut applied = Applied::new(newest)?;
         applied.check_entries(&self.process)?;
+        let place = Place { images: &self.images, maps: &self.maps, patch: &patch };
+        let mut retry = Retry::new(deadline, options.hold);
+        let (leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
+        let jump_again = |process: &mut PtraceProcess, e: Error| {
+            // What stays leads to the new code as before.
+            let retry = Retry::new(Instant::now() + options.timeout, options.hold);
+            place.take_back(process, &leads, windows.clone(), retry);
+            e
+        };
+        let mut longest = match place.rewrite(&mut self.process, &leads, windows.clone(), &mut retry) {
+            Ok(times) => times,
+            Err(e) => return Err(jump_again(&mut self.process, e)),
+        };
         let mut watched = applied.watched();
         watched.extend(signal_returns(&self.process, &self.images, &self.maps));
         let watch = WatchList::new(watched);
-        let mut retry = Retry::new(deadline, options.hold);
         let reverted = loop {
             let stacks = StackMap::new(&self.process.mappings()?);
             if retry.wants_tables {
@@ -253,12 +287,20 @@ impl Patcher {
                     let (back, error) = *failed;
                     applied = back;
                     let blocked = checker.into_blocked();
-                    retry.again(error, blocked, &self.process, &self.images, pid, &patch)?;
+                    if let Err(e) = retry.again(error, blocked, &self.process, &self.images, pid, &patch) {
+                        return Err(jump_again(&mut self.process, e));
+                    }
                 }
             }
         };
+        longest = longer(longest, reverted.times);
+        let mut after = Retry::new(Instant::now() + options.timeout, options.hold);
+        match place.rewrite(&mut self.process, &rest, windows.clone(), &mut after) {
+            Ok(times) => longest = longer(longest, times),
+            Err(e) => report.warnings.push(format!("calls go through switch stubs until `livepatch recover`: {e}")),
+        }
         report.entries = reverted.entries;
-        report.fill(reverted.times, retry.attempts);
+        report.fill(longest, retry.attempts);
         Ok(report)
     }
 
@@ -329,6 +371,24 @@ fn unless_ended<T>(pid: Pid, has_ended: impl Fn(Pid) -> bool, result: Result<T, 
         Err(e) if has_ended(pid) || !permission(&e) && later() => Err(ProcessError::Gone(pid).into()),
         other => other,
     }
+}
+
+/// Takes the switch stubs out of the way of a patch that is not applied after all. Where that fails, its mapping stays,
+/// and calls go through it to the old code until a recovery.
+fn take_back(
+    place: &Place<'_>,
+    mut staged: Staged<'_, PtraceProcess>,
+    leads: &[CodeEdit],
+    options: &Options,
+    error: Error,
+) -> Error {
+    if !leads.is_empty() {
+        let retry = Retry::new(Instant::now() + options.timeout.max(Duration::from_secs(1)), options.hold);
+        let watched = staged.windows_and_stubs();
+        let done = place.take_back(staged.process(), leads, watched, retry);
+        staged.set_led(!done);
+    }
+    error
 }
 
 fn replaced(patch: &PatchFile) -> Vec<String> {

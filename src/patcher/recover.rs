@@ -7,15 +7,16 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::rewrite::Place;
 use super::{signal_returns, Error, Options, Patcher, Retry};
 use crate::memory::ReadMemory;
-use crate::plan::Refusal;
+use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::Undisturbed;
 use crate::process::{Process, RemoteCall};
 use crate::quiesce::{Checker, StackMap};
 use crate::registry::{encode_mutable, Found, Mutable, State, Unwind, MUTABLE_AT};
 use crate::stack::WatchList;
-use crate::transaction::Applied;
+use crate::transaction::{undone, Applied};
 
 /// Where the entries of a patch lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +57,11 @@ pub(super) fn entries<M: ReadMemory + ?Sized>(memory: &M, found: &Found) -> Resu
     let (mut old, mut new) = (0, 0);
     for e in &found.payload.entries {
         let there = memory.read_vec(e.at, e.jump.0.len() as u64).unwrap_or_default();
-        if there == e.jump.0 {
+        let led = e.lead.as_ref().is_some_and(|l| there == l.0);
+        if led && found.mutable.state == State::Applied || there == e.jump.0 {
             new += 1;
+        } else if led {
+            old += 1;
         } else if found.mutable.state == State::Applied && there != e.original.0 {
             let what = format!("the entry of {} holds neither its own bytes nor the patch's jump", e.function);
             return Err(Refusal::Damaged { name: found.payload.patch.clone(), at: e.at, what });
@@ -72,8 +76,17 @@ pub(super) fn entries<M: ReadMemory + ?Sized>(memory: &M, found: &Found) -> Resu
     })
 }
 
-/// Whether record and entries agree.
-pub(super) fn is_finished(found: &Found, entries: Entries) -> bool {
+/// The entries that lead to a switch stub.
+fn led<M: ReadMemory + ?Sized>(memory: &M, found: &Found) -> usize {
+    let leads = found.payload.entries.iter().filter_map(|e| Some((e.at, &e.lead.as_ref()?.0)));
+    leads.filter(|(at, lead)| memory.read_vec(*at, lead.len() as u64).is_ok_and(|there| there == **lead)).count()
+}
+
+/// Whether record and entries agree, and nothing goes through a switch stub.
+pub(super) fn is_finished<M: ReadMemory + ?Sized>(memory: &M, found: &Found, entries: Entries) -> bool {
+    if led(memory, found) > 0 {
+        return false;
+    }
     match (found.mutable.state, entries) {
         (State::Applied, Entries::New) | (State::Reverted, Entries::Old) => true,
         // A patch without entries has nothing but its record.
@@ -101,7 +114,7 @@ impl Patcher {
         let mut out = Vec::new();
         for found in records {
             let lead = entries(&self.process, &found)?;
-            if is_finished(&found, lead) {
+            if is_finished(&self.process, &found, lead) {
                 continue;
             }
             let patch = found.payload.patch.clone();
@@ -115,8 +128,9 @@ impl Patcher {
     pub(super) fn finished(&mut self) -> Result<(), Error> {
         for found in self.records()? {
             let lead = entries(&self.process, &found)?;
-            let unused = found.mutable.state == State::Staged && lead == Entries::Old;
-            if !(unused || is_finished(&found, lead)) {
+            let unused =
+                found.mutable.state == State::Staged && lead == Entries::Old && led(&self.process, &found) == 0;
+            if !(unused || is_finished(&self.process, &found, lead)) {
                 return Err(Refusal::Unfinished { name: found.payload.patch }.into());
             }
         }
@@ -127,7 +141,7 @@ impl Patcher {
     pub(super) fn remove_unused(&mut self, deadline: Instant) -> Result<(), Error> {
         for found in self.records()? {
             let mutable = found.mutable;
-            if mutable.state == State::Staged && mutable.unwind == Unwind::None {
+            if mutable.state == State::Staged && mutable.unwind == Unwind::None && led(&self.process, &found) == 0 {
                 self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
                 self.maps = self.process.mappings()?;
             }
@@ -136,6 +150,12 @@ impl Patcher {
     }
 
     fn finish(&mut self, found: Found, lead: Entries, sequence: u64, options: &Options) -> Result<Outcome, Error> {
+        if led(&self.process, &found) > 0 {
+            self.straighten(&found, options)?;
+            if found.mutable.state == State::Applied {
+                return Ok(Outcome::Applied);
+            }
+        }
         match (found.mutable.state, lead) {
             (State::Staged, Entries::Old) if found.mutable.unwind == Unwind::None => {
                 let deadline = Instant::now() + options.timeout;
@@ -153,6 +173,25 @@ impl Patcher {
             }
             (_, Entries::Mixed) => self.undo(found, options),
         }
+    }
+
+    /// Points entries that lead to switch stubs to where those lead.
+    fn straighten(&mut self, found: &Found, options: &Options) -> Result<(), Error> {
+        let applied = Applied::new(found.clone())?;
+        let leads = applied.leads();
+        // From the stubs to the jumps, or to the original bytes.
+        let edits: Vec<CodeEdit> = if found.mutable.state == State::Applied {
+            undone(&self.process, leads)
+        } else {
+            let rest = applied.rest();
+            let there =
+                |e: &CodeEdit| self.process.read_vec(e.at, e.expected.len() as u64).is_ok_and(|b| b == e.expected);
+            rest.into_iter().filter(there).collect()
+        };
+        let place = Place { images: &self.images, maps: &self.maps, patch: &found.payload.patch };
+        let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
+        place.rewrite(&mut self.process, &edits, applied.windows_and_stubs(), &mut retry)?;
+        Ok(())
     }
 
     fn record(&mut self, found: &Found, mutable: Mutable) -> Result<(), Error> {

@@ -69,7 +69,7 @@ impl Patcher {
         let image = self.executable()?;
         let patches = self.records()?.into_iter().map(|found| {
             let lead = recover::entries(&self.process, &found);
-            let unfinished = lead.as_ref().is_ok_and(|lead| !recover::is_finished(&found, *lead));
+            let unfinished = lead.as_ref().is_ok_and(|lead| !recover::is_finished(&self.process, &found, *lead));
             let state = match &lead {
                 Ok(Entries::New) => State::Applied,
                 Ok(Entries::Old) if unfinished && found.mutable.state == State::Applied => State::Reverted,
@@ -79,7 +79,7 @@ impl Patcher {
             let payload = found.payload.clone();
             let mutable = found.mutable;
             let damage = match Applied::new(found) {
-                Ok(a) if applied => a.check_entries(&self.process).err().map(|e| e.to_string()),
+                Ok(a) if applied && !unfinished => a.check_entries(&self.process).err().map(|e| e.to_string()),
                 Ok(_) => lead.err().map(|e| e.to_string()),
                 Err(e) => Some(e.to_string()),
             };

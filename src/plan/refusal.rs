@@ -97,6 +97,14 @@ pub enum Refusal {
         /// Its address in the process.
         at: ProcAddr,
     },
+    /// What the entry jump overwrites cannot be moved, which the switch of several functions needs.
+    #[error("{function}: {why}, which a switch of several functions at once needs")]
+    EntryImmovable {
+        /// The function.
+        function: String,
+        /// Why.
+        why: String,
+    },
     /// The function branches to where the entry jump goes.
     #[error("{function}: the instruction at {from} refers to {to}, inside its own entry jump")]
     BranchIntoEntry {
@@ -211,6 +219,7 @@ impl Refusal {
             Self::CodeChanged { breakpoint: true, .. } => "breakpoint",
             Self::CodeChanged { .. } => "code-changed",
             Self::EntryTooShort { .. } => "entry-too-short",
+            Self::EntryImmovable { .. } => "entry-immovable",
             Self::BranchIntoEntry { .. } => "branch-into-entry",
             Self::Undecodable { .. } => "undecodable",
             Self::NoRoom { .. } => "no-room",
@@ -248,9 +257,10 @@ impl Refusal {
             Self::CodeChanged { .. } => {
                 "take back what changed it (another patcher, a hook), or restart the process".into()
             }
-            Self::EntryTooShort { .. } | Self::BranchIntoEntry { .. } | Self::Undecodable { .. } => {
-                "patch its callers instead".into()
-            }
+            Self::EntryTooShort { .. }
+            | Self::EntryImmovable { .. }
+            | Self::BranchIntoEntry { .. }
+            | Self::Undecodable { .. } => "patch its callers instead".into(),
             Self::NoRoom { .. } | Self::OutOfReach { .. } => "restart the process, or make the patch smaller".into(),
             Self::OtherPatch { applied } => {
                 format!("build the patch with --after and the file of {applied}, or revert that first (livepatch revert PID {applied})")

@@ -89,7 +89,7 @@ fn relocations_are_stored_or_refused() {
     let bias = LoadBias(0x10_0000);
     let layout = Layout::at(ProcAddr(0x20_0000), 1, &patch).unwrap();
     let links = Links { bias, ..Links::default() };
-    let pieces = pieces(&patch, &layout, &links).unwrap();
+    let pieces = pieces(&patch, &layout, &links, &[]).unwrap();
     let text = &pieces[1].bytes;
     let rel = i32::from_le_bytes(text[1..5].try_into().unwrap());
     assert_eq!(layout.base.0.wrapping_add(1).wrapping_add_signed(rel.into()), 0x10_0010 - 4);
@@ -97,17 +97,17 @@ fn relocations_are_stored_or_refused() {
     assert_eq!(pieces[2].bytes[..8], 0x10_0020u64.to_le_bytes());
     assert_eq!((pieces[1].access, pieces[2].access), (Access::Execute, Access::Write));
     let far = Layout::at(ProcAddr(0x20_0000 + (3 << 30)), 1, &patch).unwrap();
-    assert!(matches!(super::pieces(&patch, &far, &links), Err(Refusal::OutOfReach { .. })));
+    assert!(matches!(super::pieces(&patch, &far, &links, &[]), Err(Refusal::OutOfReach { .. })));
     let mut under = patch.clone();
     under.relocs = vec![reloc(8, RelocKind::Abs64, RelocTarget::Image(ImageAddr(0)), i64::MIN)];
-    assert!(matches!(super::pieces(&under, &layout, &Links::default()), Err(Refusal::OutOfReach { .. })));
+    assert!(matches!(super::pieces(&under, &layout, &Links::default(), &[]), Err(Refusal::OutOfReach { .. })));
 }
 
 #[test]
 fn changed_code_is_refused_and_a_breakpoint_named() {
     let code = [0x48, 0x89, 0xf8, 0x48, 0x01, 0xf0, 0xc3];
     let f = function(&code, 0);
-    let check = |bytes: &[u8]| check_old_code(&f, LoadBias(0x1000), &[bytes.to_vec()]);
+    let check = |bytes: &[u8]| check_old_code(&f, LoadBias(0x1000), &[bytes.to_vec()]).map(|f| f.branches_to_entry);
     assert_eq!(check(&code), Ok(false));
     let mut changed = code;
     changed[4] ^= 1;
@@ -120,7 +120,8 @@ fn changed_code_is_refused_and_a_breakpoint_named() {
 #[test]
 fn a_short_function_needs_padding() {
     let short = [0x89, 0xf8, 0xc3, 0x90, 0x90];
-    assert_eq!(check_old_code(&function(&short, 2), LoadBias(0), &[short.to_vec()]), Ok(false));
+    let facts = check_old_code(&function(&short, 2), LoadBias(0), &[short.to_vec()]).unwrap();
+    assert_eq!(facts, OldFacts { branches_to_entry: false, overwritten: short.to_vec() });
     let used = [0x89, 0xf8, 0xc3, 0x55, 0x53];
     assert!(matches!(
         check_old_code(&function(&used, 2), LoadBias(0), &[used.to_vec()]),
@@ -131,7 +132,7 @@ fn a_short_function_needs_padding() {
 #[test]
 fn branches_to_the_entry_are_recomputed() {
     let looping = [0xff, 0xcf, 0x75, 0xfc, 0x90, 0xc3];
-    assert_eq!(check_old_code(&function(&looping, 0), LoadBias(0), &[looping.to_vec()]), Ok(true));
+    assert!(check_old_code(&function(&looping, 0), LoadBias(0), &[looping.to_vec()]).unwrap().branches_to_entry);
     let into = [0x55, 0xff, 0xcf, 0x75, 0xfc, 0x5d, 0xc3];
     assert!(matches!(
         check_old_code(&function(&into, 0), LoadBias(0), &[into.to_vec()]),

@@ -28,8 +28,11 @@ const VERSION: u32 = 1;
 /// Bytes before the payload.
 pub const HEADER_BYTES: usize = 128;
 
-/// Offset of the part that changes.
+/// Offset of the part that changes. It begins with the state, which switch stubs read.
 pub const MUTABLE_AT: u64 = 72;
+
+/// The state's first byte of an applied patch.
+pub const APPLIED: u8 = 2;
 
 /// Longest payload that is accepted.
 const MAX_PAYLOAD: u64 = 256 << 20;
@@ -145,6 +148,9 @@ pub struct EntryRecord {
     pub original: HexBytes,
     /// The jump.
     pub jump: HexBytes,
+    /// The jump to the switch stub, where one word switches several entries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lead: Option<HexBytes>,
 }
 
 /// The old version of a function, as mapped.
@@ -270,7 +276,7 @@ impl Header {
 pub fn encode_mutable(m: &Mutable) -> [u8; 32] {
     let state: u32 = match m.state {
         State::Staged => 1,
-        State::Applied => 2,
+        State::Applied => APPLIED.into(),
         State::Reverted => 3,
     };
     let unwind: u32 = match m.unwind {
@@ -334,7 +340,8 @@ fn check(payload: &Payload, header: &Header) -> Result<(), CodecError> {
         return Err(CodecError::Field("range"));
     }
     let length = crate::patch::ENTRY_JUMP_LEN as usize;
-    if payload.entries.iter().any(|e| e.original.0.len() != length || e.jump.0.len() != length) {
+    let fits = |b: &HexBytes| b.0.len() == length;
+    if !payload.entries.iter().all(|e| fits(&e.original) && fits(&e.jump) && e.lead.as_ref().is_none_or(fits)) {
         return Err(CodecError::Field("entry"));
     }
     let fits = header.record_bytes() <= payload.record_bytes && payload.record_bytes <= header.region_bytes;
@@ -364,6 +371,7 @@ mod tests {
                 at: ProcAddr(0x1000),
                 original: HexBytes(vec![1; 5]),
                 jump: HexBytes(vec![2; 5]),
+                lead: None,
             }],
             functions: vec![FunctionRecord {
                 name: "f".into(),

@@ -9,7 +9,7 @@ mod codec;
 
 pub use codec::{
     decode, encode, encode_mutable, CodecError, EntryRecord, FunctionRecord, Header, Mutable, OldRecord, Payload,
-    RangeRecord, State, Unwind, HEADER_BYTES, MUTABLE_AT,
+    RangeRecord, State, Unwind, APPLIED, HEADER_BYTES, MUTABLE_AT,
 };
 
 /// A record that was found in a process.

@@ -10,18 +10,20 @@ use crate::addr::{ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
-use crate::plan::{self, CodeEdit, Layout, Links, Piece, Refusal};
+use crate::plan::{self, CodeEdit, Layout, Links, OldFacts, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
     StackCheck,
 };
-use crate::registry::{encode, encode_mutable, EntryRecord, Found, Mutable, Payload, State, Unwind, MUTABLE_AT};
+use crate::registry::{encode, encode_mutable, Found, Mutable, Payload, State, Unwind, APPLIED, MUTABLE_AT};
 use crate::stack::Watched;
 
 mod record;
+mod revert;
 mod swap;
 
-use record::{payload, watch_new, watch_old, with_entries};
+use record::{payload, stubs, watch_new, watch_old, windows, with_entries};
+pub use revert::{Applied, Reverted};
 pub use swap::SwapError;
 
 /// Why a transition did not happen; the process is as it was.
@@ -57,6 +59,8 @@ pub struct Planned {
     layout: Layout,
     pieces: Vec<Piece>,
     edits: Vec<CodeEdit>,
+    /// The jumps to the switch stubs, if one word switches several entries.
+    leads: Vec<CodeEdit>,
     payload: Payload,
     /// The record of an earlier apply whose mapping is used again.
     earlier: Option<Mutable>,
@@ -94,7 +98,7 @@ impl Replaced {
 }
 
 impl Planned {
-    /// A new mapping near the image. `branches` tells for each function whether its old body branches to its entry.
+    /// A new mapping near the image. `facts` tells for each function what its old body is like.
     ///
     /// # Errors
     ///
@@ -103,7 +107,7 @@ impl Planned {
         patch: &PatchFile,
         target: &Target,
         maps: &[Mapping],
-        branches: &[bool],
+        facts: &[OldFacts],
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
         // An address is longest at the top of the address space: so the record can only get shorter.
@@ -114,12 +118,13 @@ impl Planned {
         let dummies: Vec<CodeEdit> = names
             .map(|name| CodeEdit { function: name.clone(), at: dummy.base, expected: [0; 5], new: [0; 5] })
             .collect();
-        let draft = payload(patch, &dummy, target.links.bias, branches).ok_or_else(far)?;
-        let draft = with_entries(draft, &dummies);
+        let draft = payload(patch, &dummy, target.links.bias, facts).ok_or_else(far)?;
+        let leads = if plan::switched(patch) > 0 { &*dummies } else { &[] };
+        let draft = with_entries(draft, &dummies, leads);
         let slack = 64;
         let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
         let layout = Layout::near(target.range, maps, record_bytes, patch)?;
-        Self::at(patch, &target.links, layout, branches, None, replaces)
+        Self::at(patch, &target.links, layout, facts, None, replaces)
     }
 
     /// The mapping of an earlier apply of the same patch: its data keep their values.
@@ -131,11 +136,11 @@ impl Planned {
         patch: &PatchFile,
         links: &Links,
         found: &Found,
-        branches: &[bool],
+        facts: &[OldFacts],
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
         let layout = Layout::at(found.region.start, found.payload.record_bytes, patch);
-        let planned = layout.map(|l| Self::at(patch, links, l, branches, Some(found.mutable), replaces)).transpose()?;
+        let planned = layout.map(|l| Self::at(patch, links, l, facts, Some(found.mutable), replaces)).transpose()?;
         let same = |p: &Self| p.layout.region == found.region && p.payload == found.payload;
         planned.filter(same).ok_or_else(|| Refusal::Damaged {
             name: found.payload.patch.clone(),
@@ -148,18 +153,21 @@ impl Planned {
         patch: &PatchFile,
         links: &Links,
         layout: Layout,
-        branches: &[bool],
+        facts: &[OldFacts],
         earlier: Option<Mutable>,
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
-        let pieces = plan::pieces(patch, &layout, links)?;
         let mut edits = plan::entry_edits(patch, &layout, links.bias)?;
+        let word = ProcAddr(layout.region.start.0 + MUTABLE_AT);
+        let stubs = plan::leads(patch, &layout, &edits, facts, (word, APPLIED))?;
+        let pieces = plan::pieces(patch, &layout, links, &stubs)?;
+        let leads: Vec<CodeEdit> = stubs.into_iter().map(|(edit, _)| edit).collect();
         let far = || Refusal::OutOfReach { at: layout.region.start, to: layout.region.end };
         if let Some(r) = &replaces {
             let places = r.places(patch).ok_or_else(far)?;
             edits.extend(plan::redirect_edits(patch, &layout, &places, &r.redirected)?);
         }
-        let payload = with_entries(payload(patch, &layout, links.bias, branches).ok_or_else(far)?, &edits);
+        let payload = with_entries(payload(patch, &layout, links.bias, facts).ok_or_else(far)?, &edits, &leads);
         let record_bytes = encode(&payload, &FRESH, u64::MAX).len() as u64;
         if record_bytes > payload.record_bytes {
             return Err(Refusal::NoRoom { len_bytes: record_bytes });
@@ -167,7 +175,7 @@ impl Planned {
         if let Some(r) = &replaces {
             edits = r.switch(&edits).ok_or_else(far)?;
         }
-        Ok(Self { layout, pieces, edits, payload, earlier, replaces })
+        Ok(Self { layout, pieces, edits, leads, payload, earlier, replaces })
     }
 
     /// How many entry jumps it will write.
@@ -190,7 +198,7 @@ impl Planned {
     pub fn stage<P: Process>(self, process: &mut P, deadline: Instant) -> Result<Staged<'_, P>, TransactionError> {
         let mutable = self.earlier.unwrap_or(FRESH);
         let fresh = self.earlier.is_none();
-        let mut staged = Staged { process, planned: self, mutable, fresh, mapped: false };
+        let mut staged = Staged { process, planned: self, mutable, fresh, mapped: false, led: false };
         if fresh {
             staged.map(deadline)?;
         } else {
@@ -223,6 +231,8 @@ pub struct Staged<'p, P: Process> {
     /// Whether this transaction made the mapping.
     fresh: bool,
     mapped: bool,
+    /// Whether entries may lead to the switch stubs: then the mapping must stay.
+    led: bool,
 }
 
 impl<'p, P: Process> Staged<'p, P> {
@@ -341,7 +351,32 @@ impl<'p, P: Process> Staged<'p, P> {
         out
     }
 
-    /// Holds, checks, writes the entry jumps and lets go.
+    /// The jumps to the switch stubs; empty if the entries are written in one hold. Until [`commit`](Self::commit) they
+    /// change nothing. To be written with [`rewrite`] before it.
+    #[must_use]
+    pub fn leads(&self) -> &[CodeEdit] {
+        &self.planned.leads
+    }
+
+    /// Says whether entries lead to the switch stubs, so that the mapping must stay.
+    pub fn set_led(&mut self, led: bool) {
+        self.led = led;
+    }
+
+    /// What no thread may be in while entries are rewritten without a switch.
+    #[must_use]
+    pub fn windows(&self) -> Vec<Watched> {
+        windows(&self.planned.payload).collect()
+    }
+
+    /// The same, with the switch stubs: for when they are to go.
+    #[must_use]
+    pub fn windows_and_stubs(&self) -> Vec<Watched> {
+        windows(&self.planned.payload).chain(stubs(&self.planned.payload)).collect()
+    }
+
+    /// Holds, checks, writes the entry jumps and lets go. With switch stubs it writes the one word that they follow; the
+    /// entries are then to be pointed straight at the new code, by [`Committed::rest`].
     ///
     /// # Errors
     ///
@@ -357,7 +392,9 @@ impl<'p, P: Process> Staged<'p, P> {
         let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
         let mut records = vec![RecordEdit { at, before: self.mutable, after: mutable }];
         records.extend(self.planned.replaces.as_ref().map(|r| RecordEdit::reverted(&r.found)));
-        let result = hold_and_swap(self.process, limits, check, &self.planned.edits, &records);
+        let leads = &self.planned.leads;
+        let edits = if leads.is_empty() { &*self.planned.edits } else { &[] };
+        let result = hold_and_swap(self.process, limits, check, edits, &records);
         match result {
             Err(e) => Err(Box::new((self, e))),
             Ok(times) => {
@@ -365,7 +402,8 @@ impl<'p, P: Process> Staged<'p, P> {
                 // From here on the mapping is in use. Its pause is for people only.
                 let _ = self.write_mutable();
                 self.mapped = false;
-                Ok(Committed { times, entries: self.planned.payload.entries.len() })
+                let rest = straight(&self.planned.leads, &self.planned.edits);
+                Ok(Committed { times, entries: self.planned.payload.entries.len(), rest })
             }
         }
     }
@@ -374,20 +412,48 @@ impl<'p, P: Process> Staged<'p, P> {
 impl<P: Process> Drop for Staged<'_, P> {
     fn drop(&mut self) {
         // Registered tables must stay where they are: then the mapping waits, staged, for the next attempt.
-        if self.mapped && self.fresh && self.mutable.unwind == Unwind::None {
+        if self.mapped && self.fresh && !self.led && self.mutable.unwind == Unwind::None {
             let deadline = Instant::now() + std::time::Duration::from_millis(500);
             let _ = self.process.remote(&[RemoteCall::Unmap(self.planned.layout.region)], deadline);
         }
     }
 }
 
+/// From the switch stubs to where `edits` lead.
+fn straight(leads: &[CodeEdit], edits: &[CodeEdit]) -> Vec<CodeEdit> {
+    leads.iter().zip(edits).map(|(l, e)| CodeEdit { expected: l.new, ..e.clone() }).collect()
+}
+
 /// A patch that is applied.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Committed {
     /// How long threads were held.
     pub times: HoldTimes,
     /// How many entry jumps were written.
     pub entries: usize,
+    /// Entries that lead through switch stubs and may lead there straight.
+    pub rest: Vec<CodeEdit>,
+}
+
+/// Rewrites entries in one hold, without a switch: both what stands there and what is written lead to the same code.
+///
+/// # Errors
+///
+/// A thread was in an entry window, or an entry could not be written: then all are as they were.
+pub fn rewrite<P: Process>(
+    process: &mut P,
+    edits: &[CodeEdit],
+    limits: HoldLimits,
+    check: &mut dyn StackCheck,
+) -> Result<HoldTimes, TransactionError> {
+    hold_and_swap(process, limits, check, edits, &[])
+}
+
+/// The edits that were made, turned round: what they expected is written again.
+#[must_use]
+pub fn undone<M: ReadMemory + ?Sized>(memory: &M, edits: &[CodeEdit]) -> Vec<CodeEdit> {
+    let there = |e: &&CodeEdit| memory.read_vec(e.at, e.new.len() as u64).is_ok_and(|b| b == e.new);
+    edits.iter().filter(there).map(|e| CodeEdit { expected: e.new, new: e.expected, ..e.clone() }).collect()
 }
 
 /// A change of what a record says.
@@ -425,97 +491,6 @@ fn hold_and_swap<P: Process>(
         return Err(e.into());
     }
     Ok(held.release())
-}
-
-/// An applied patch, about to be reverted.
-pub struct Applied {
-    found: Found,
-    edits: Vec<CodeEdit>,
-}
-
-impl Applied {
-    /// From its record.
-    ///
-    /// # Errors
-    ///
-    /// The record is damaged.
-    pub fn new(found: Found) -> Result<Self, Refusal> {
-        let edit = |e: &EntryRecord| {
-            Some(CodeEdit {
-                function: e.function.clone(),
-                at: e.at,
-                expected: e.jump.0.first_chunk().copied()?,
-                new: e.original.0.first_chunk().copied()?,
-            })
-        };
-        let edits = found.payload.entries.iter().map(edit).collect::<Option<_>>();
-        let damaged = || Refusal::Damaged {
-            name: found.payload.patch.clone(),
-            at: found.region.start,
-            what: "its entries are not those of a patch".into(),
-        };
-        let edits = edits.ok_or_else(damaged)?;
-        Ok(Self { found, edits })
-    }
-
-    /// Its record.
-    #[must_use]
-    pub fn payload(&self) -> &Payload {
-        &self.found.payload
-    }
-
-    /// How many entries it has.
-    #[must_use]
-    pub fn entries(&self) -> usize {
-        self.edits.len()
-    }
-
-    /// The code that no thread may be in when the patch is reverted.
-    #[must_use]
-    pub fn watched(&self) -> Vec<Watched> {
-        watch_new(&self.found.payload)
-    }
-
-    /// Leaves out the entries that do not lead into the patch: a command died before it wrote them.
-    pub fn keep_written<M: ReadMemory + ?Sized>(&mut self, memory: &M) {
-        self.edits.retain(|e| memory.read_vec(e.at, e.expected.len() as u64).is_ok_and(|there| there == e.expected));
-    }
-
-    /// Whether every entry still holds the patch's jump.
-    ///
-    /// # Errors
-    ///
-    /// The first one that does not.
-    pub fn check_entries<M: ReadMemory + ?Sized>(&self, memory: &M) -> Result<(), Refusal> {
-        swap::check(memory, &self.edits).map_err(|e| e.refusal(&self.found.payload.patch))
-    }
-
-    /// Holds, checks, writes the original bytes back and lets go. The mapping stays.
-    ///
-    /// # Errors
-    ///
-    /// With the patch, to try again: a thread was not clear, or an entry could not be written.
-    pub fn revert<P: Process>(
-        self,
-        process: &mut P,
-        limits: HoldLimits,
-        check: &mut dyn StackCheck,
-    ) -> Result<Reverted, Box<(Self, TransactionError)>> {
-        let record = RecordEdit::reverted(&self.found);
-        match hold_and_swap(process, limits, check, &self.edits, &[record]) {
-            Ok(times) => Ok(Reverted { times, entries: self.edits.len() }),
-            Err(e) => Err(Box::new((self, e))),
-        }
-    }
-}
-
-/// A patch that was reverted.
-#[derive(Clone, Copy, Debug)]
-pub struct Reverted {
-    /// How long threads were held.
-    pub times: HoldTimes,
-    /// How many entries were written back.
-    pub entries: usize,
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The record of a patch at its place, and the code that it means no thread to be in.
 
 use crate::addr::{LoadBias, ProcRange};
+use crate::maps::PAGE;
 use crate::patch::{HexBytes, PatchFile};
-use crate::plan::{CodeEdit, Layout};
+use crate::plan::{CodeEdit, Layout, OldFacts};
 use crate::registry::{EntryRecord, FunctionRecord, OldRecord, Payload, RangeRecord};
 use crate::stack::{Part, Watched};
 
@@ -11,7 +12,7 @@ fn range_record(bias: LoadBias, at: crate::addr::ImageAddr, len_bytes: u64) -> O
 }
 
 /// What a record says of a patch at its place; the entries come later.
-pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, branches: &[bool]) -> Option<Payload> {
+pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, facts: &[OldFacts]) -> Option<Payload> {
     let manifest = &patch.manifest;
     let mut functions = Vec::with_capacity(manifest.functions.len());
     for (i, f) in manifest.functions.iter().enumerate() {
@@ -19,7 +20,7 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, branch
             None => None,
             Some(old) => Some(OldRecord {
                 body: range_record(bias, old.at, old.size)?,
-                branches_to_entry: branches.get(i).copied().unwrap_or(true),
+                branches_to_entry: facts.get(i).is_none_or(|f| f.branches_to_entry),
                 companions: old.companions.iter().map(|c| range_record(bias, c.at, c.size)).collect::<Option<_>>()?,
             }),
         };
@@ -47,21 +48,23 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, branch
     })
 }
 
-/// With the entries.
-pub(super) fn with_entries(mut payload: Payload, edits: &[CodeEdit]) -> Payload {
+/// With the entries, and the jumps to their switch stubs if they have any.
+pub(super) fn with_entries(mut payload: Payload, edits: &[CodeEdit], leads: &[CodeEdit]) -> Payload {
     payload.entries = edits
         .iter()
-        .map(|e| EntryRecord {
+        .enumerate()
+        .map(|(i, e)| EntryRecord {
             function: e.function.clone(),
             at: e.at,
             original: HexBytes(e.expected.to_vec()),
             jump: HexBytes(e.new.to_vec()),
+            lead: leads.get(i).map(|l| HexBytes(l.new.to_vec())),
         })
         .collect();
     payload
 }
 
-fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
+pub(super) fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
     payload.entries.iter().filter_map(|e| {
         let start = e.at.checked_add(1)?;
         let range = ProcRange::new(start, e.original.0.len() as u64 - 1)?;
@@ -69,9 +72,16 @@ fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
     })
 }
 
-/// Old bodies, their companions and all entry windows.
+/// The switch stubs: a thread in one is on its way, and nobody knows which.
+pub(super) fn stubs(payload: &Payload) -> Option<Watched> {
+    payload.entries.iter().any(|e| e.lead.is_some()).then_some(())?;
+    let range = ProcRange { start: payload.stub.checked_add(PAGE)?, end: payload.base };
+    Some(Watched { name: "the switch stubs".into(), range, part: Part::Companion })
+}
+
+/// Old bodies, their companions, all entry windows and switch stubs.
 pub(super) fn watch_old(payload: &Payload) -> Vec<Watched> {
-    let mut out: Vec<Watched> = windows(payload).collect();
+    let mut out: Vec<Watched> = windows(payload).chain(stubs(payload)).collect();
     for f in &payload.functions {
         let Some(old) = &f.old else { continue };
         let part = Part::Body { branches_to_entry: old.branches_to_entry };
@@ -82,12 +92,12 @@ pub(super) fn watch_old(payload: &Payload) -> Vec<Watched> {
     out
 }
 
-/// New functions, any place of which may be in the middle of a call, and all entry windows.
+/// New functions, any place of which may be in the middle of a call, all entry windows and switch stubs.
 pub(super) fn watch_new(payload: &Payload) -> Vec<Watched> {
     let part = Part::Body { branches_to_entry: true };
     let new = payload
         .functions
         .iter()
         .filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part }));
-    new.chain(windows(payload)).collect()
+    new.chain(windows(payload)).chain(stubs(payload)).collect()
 }

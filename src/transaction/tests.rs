@@ -104,12 +104,32 @@ fn apply(p: &mut FakeProcess, planned: Planned) -> Result<Committed, Transaction
     apply_as(p, planned, 1)
 }
 
+/// As the use case does it: to the switch stubs, the switch, straight on; or back.
 fn apply_as(p: &mut FakeProcess, planned: Planned, sequence: u64) -> Result<Committed, TransactionError> {
     let stacks = StackMap::new(&p.mappings()?);
     let mut staged = planned.stage(p, soon())?;
     staged.register(ProcAddr(0x4444), &mut Anyone, soon())?;
+    let leads = staged.leads().to_vec();
+    let windows = WatchList::new(staged.windows());
+    let with_stubs = WatchList::new(staged.windows_and_stubs());
+    let checker = |watch| Checker::new(watch, &stacks, None);
+    staged.set_led(!leads.is_empty());
+    let led = rewrite(staged.process(), &leads, LIMITS, &mut checker(&windows));
     let watch = WatchList::new(staged.watched());
-    staged.commit(LIMITS, &mut Checker::new(&watch, &stacks, None), sequence, 2).map_err(|e| e.1)
+    let committed = match led {
+        Ok(_) => staged.commit(LIMITS, &mut checker(&watch), sequence, 2),
+        Err(e) => Err(Box::new((staged, e))),
+    };
+    let committed = committed.map_err(|failed| {
+        let (mut staged, e) = *failed;
+        let back = undone(staged.process(), &leads);
+        let done = rewrite(staged.process(), &back, LIMITS, &mut checker(&with_stubs)).is_ok();
+        staged.set_led(!done);
+        e
+    })?;
+    // What fails here changes nothing: the stubs lead to the new code.
+    let _ = rewrite(p, &committed.rest, LIMITS, &mut checker(&windows));
+    Ok(committed)
 }
 
 fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
@@ -120,23 +140,40 @@ fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
     let applied = Applied::new(found)?;
     let stacks = StackMap::new(&p.mappings()?);
     let watch = WatchList::new(applied.watched());
-    let mut checker = Checker::new(&watch, &stacks, None);
-    applied.revert(p, LIMITS, &mut checker).map_err(|e| e.1)
+    let windows = WatchList::new(applied.windows());
+    let checker = |watch| Checker::new(watch, &stacks, None);
+    let (leads, rest) = (applied.leads().to_vec(), applied.rest());
+    let led = rewrite(p, &leads, LIMITS, &mut checker(&windows));
+    let reverted = led.and_then(|_| applied.revert(p, LIMITS, &mut checker(&watch)).map_err(|e| e.1));
+    match &reverted {
+        Ok(_) => drop(rewrite(p, &rest, LIMITS, &mut checker(&windows))),
+        Err(_) => {
+            let back = undone(p, &leads);
+            let _ = rewrite(p, &back, LIMITS, &mut checker(&windows));
+        }
+    }
+    reverted
+}
+
+fn facts() -> [OldFacts; 3] {
+    std::array::from_fn(|_| OldFacts { branches_to_entry: false, overwritten: BODY.to_vec() })
 }
 
 fn planned(p: &FakeProcess) -> Planned {
     let all: Vec<Mapping> = p.mappings().unwrap();
-    Planned::new(&patch(), &target(), &all, &[false; 3], None).unwrap()
+    Planned::new(&patch(), &target(), &all, &facts(), None).unwrap()
 }
 
-/// How many entries hold a jump.
+/// How many entries lead to new code, by themselves or by their switch stubs.
 fn jumps(p: &FakeProcess) -> usize {
-    let at = |i: u64| ProcAddr(IMAGE + 0x100 + i * 16);
-    let entries = (0u64..3).map(|i| p.read_vec(at(i), 8).unwrap());
+    let records = registry::find(p, &p.mappings().unwrap()).unwrap();
     let mut count = 0;
-    for bytes in entries {
+    for at in (0u64..3).map(|i| ProcAddr(IMAGE + 0x100 + i * 16)) {
+        let bytes = p.read_vec(at, 8).unwrap();
         assert!(bytes == BODY || (bytes[0] == 0xe9 && bytes[5..] == BODY[5..]), "torn entry {bytes:x?}");
-        count += usize::from(bytes[0] == 0xe9);
+        let Some(to) = leads_to(p, at) else { continue };
+        let stubs_of = |f: &&Found| f.payload.stub <= to && to < f.payload.base;
+        count += usize::from(records.iter().find(stubs_of).is_none_or(|f| f.mutable.state == State::Applied));
     }
     count
 }
@@ -161,7 +198,7 @@ fn applied_and_reverted_and_applied_again() {
     p.adopt(region);
     p.write_own(data, &[6; 8]).unwrap();
     let found = registry::find(&p, &p.mappings().unwrap()).unwrap().remove(0);
-    let again = Planned::again(&patch(), &target().links, &found, &[false; 3], None).unwrap();
+    let again = Planned::again(&patch(), &target().links, &found, &facts(), None).unwrap();
     apply(&mut p, again).unwrap();
     assert_eq!((jumps(&p), p.called.len(), p.read_vec(data, 8).unwrap()), (3, 1, vec![6; 8]));
 }
@@ -227,7 +264,7 @@ fn a_thread_inside_stops_both_ways() {
     p.threads[0].registers.pc = ProcAddr(0x9999);
     let found = registry::find(&p, &p.mappings().unwrap()).unwrap();
     assert_eq!(found.len(), 1, "registered tables keep the mapping");
-    let again = Planned::again(&patch(), &target().links, &found[0], &[false; 3], None).unwrap();
+    let again = Planned::again(&patch(), &target().links, &found[0], &facts(), None).unwrap();
     apply(&mut p, again).unwrap();
     p.threads[0].registers.pc = found[0].payload.base;
     assert!(revert(&mut p).is_err(), "the first byte of new code counts");
@@ -261,7 +298,7 @@ fn take_over(p: &FakeProcess) -> Planned {
     let mut target = target();
     target.links.previous = Some(found.payload.base);
     let redirected = vec![p.read_vec(found.payload.base, 5).unwrap().try_into().unwrap()];
-    Planned::new(&second(), &target, &all, &[false; 2], Some(Replaced { found, redirected })).unwrap()
+    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, redirected })).unwrap()
 }
 
 /// Where the jump at `at` leads, if there is one.

@@ -1,0 +1,259 @@
+//! The switch stub: code behind an entry jump that follows a word of the patch's record, to the new function or on in
+//! the old one; and the copy of the overwritten instructions (the original thunk) that the second way needs.
+//!
+//! ```text
+//! lea   rsp, [rsp-128]        ; the red zone may be in use: a body may branch back to its entry
+//! pushfq
+//! cmp   dword [rip+word], 2   ; applied
+//! jne   old
+//! popfq
+//! lea   rsp, [rsp+128]
+//! jmp   new
+//! old:
+//! popfq
+//! lea   rsp, [rsp+128]
+//! ...                         ; the overwritten instructions, moved
+//! jmp   behind the entry jump
+//! ```
+//!
+//! No register and no flag changes, so callers that know what a function leaves alone (`-fipa-ra`) stay right. A call among the
+//! moved instructions pushes the return address that it has in the old body: unwind tables are found by it, and nothing
+//! ever returns into a stub.
+
+use iced_x86::{
+    BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, IcedError, Instruction,
+    InstructionBlock, MemoryOperand, Register,
+};
+
+use crate::addr::ProcAddr;
+
+/// Room for one switch stub, in bytes.
+pub const STUB_BYTES: u64 = 128;
+
+/// Bytes of old code that are enough to move what an entry jump overwrites: it ends inside the last instruction.
+pub const OVERWRITTEN: usize = 5 + 14;
+
+/// Why overwritten instructions cannot be moved.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StubError {
+    /// An instruction that only works where it stands.
+    #[error("the instruction at {at} cannot be moved out of the entry jump's way")]
+    Unmovable {
+        /// The instruction.
+        at: ProcAddr,
+    },
+    /// No instruction.
+    #[error("the bytes at {at} are no instruction")]
+    Undecodable {
+        /// Where.
+        at: ProcAddr,
+    },
+    /// The moved code does not reach what it refers to.
+    #[error("what stands at {at} cannot be moved: {why}")]
+    OutOfReach {
+        /// The entry.
+        at: ProcAddr,
+        /// What the encoder says.
+        why: String,
+    },
+}
+
+/// The stub at `at` for the entry jump at `entry`: to `new` while the word at `word` is `applied`, else on in the old
+/// function, whose code from the entry on begins with `code`.
+///
+/// # Errors
+///
+/// The overwritten instructions cannot be moved.
+pub fn switch_stub(
+    at: ProcAddr,
+    (word, applied): (ProcAddr, u8),
+    new: ProcAddr,
+    entry: ProcAddr,
+    code: &[u8],
+) -> Result<Vec<u8>, StubError> {
+    const BACK: [u8; 9] = [0x9d, 0x48, 0x8d, 0xa4, 0x24, 0x80, 0, 0, 0];
+    let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
+    let relative = |end: u64, to: ProcAddr| {
+        let distance = i128::from(to.0) - i128::from(end);
+        i32::try_from(distance).map(i32::to_le_bytes).map_err(|_| far("more than 2 GiB away"))
+    };
+    let mut out = vec![0x48, 0x8d, 0x64, 0x24, 0x80, 0x9c, 0x83, 0x3d];
+    out.extend(relative(at.0 + out.len() as u64 + 5, word)?);
+    out.push(applied);
+    out.extend([0x75, BACK.len() as u8 + 5]);
+    out.extend(BACK);
+    out.push(0xe9);
+    out.extend(relative(at.0 + out.len() as u64 + 4, new)?);
+    out.extend(BACK);
+    let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
+    out.extend(original_thunk(thunk, entry, code)?);
+    if out.len() as u64 > STUB_BYTES {
+        return Err(far("it needs too much room"));
+    }
+    Ok(out)
+}
+
+/// A copy at `at` of the instructions that an entry jump at `entry` overwrites, which goes on in the old function.
+///
+/// # Errors
+///
+/// They cannot be moved.
+pub fn original_thunk(at: ProcAddr, entry: ProcAddr, code: &[u8]) -> Result<Vec<u8>, StubError> {
+    /// Bytes of `jmp rel32`.
+    const JUMP: u64 = 5;
+    let encoder = |e: IcedError| StubError::OutOfReach { at: entry, why: e.to_string() };
+    let mut moved: Vec<Instruction> = Vec::new();
+    let mut decoder = Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE);
+    let mut ended = false;
+    while !ended && decoder.ip() < entry.0 + JUMP {
+        let place = ProcAddr(decoder.ip());
+        let insn = decoder.decode();
+        if insn.is_invalid() {
+            return Err(StubError::Undecodable { at: place });
+        }
+        let unmovable = StubError::Unmovable { at: place };
+        match insn.flow_control() {
+            FlowControl::Call | FlowControl::IndirectCall => {
+                // It must return behind the entry jump, and nowhere else.
+                if insn.next_ip() < entry.0 + JUMP {
+                    return Err(unmovable);
+                }
+                moved.extend(as_jump(&insn).ok_or(unmovable)?);
+                ended = true;
+            }
+            FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => {
+                moved.push(insn);
+                ended = true;
+            }
+            FlowControl::Next | FlowControl::ConditionalBranch => moved.push(insn),
+            FlowControl::Exception if insn.code() == Code::Ud2 => {
+                moved.push(insn);
+                ended = true;
+            }
+            _ => return Err(unmovable),
+        }
+    }
+    if !ended {
+        moved.push(Instruction::with_branch(Code::Jmp_rel32_64, decoder.ip()).map_err(encoder)?);
+    }
+    let block = InstructionBlock::new(&moved, at.0);
+    Ok(BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).map_err(encoder)?.code_buffer)
+}
+
+/// A call as a push of its return address and a jump.
+fn as_jump(call: &Instruction) -> Option<[Instruction; 3]> {
+    let [low, high] = [call.next_ip() as u32, (call.next_ip() >> 32) as u32].map(u32::cast_signed);
+    let push = Instruction::with1(Code::Pushq_imm32, low).ok()?;
+    let slot = MemoryOperand::with_base_displ(Register::RSP, 4);
+    let upper = Instruction::with2(Code::Mov_rm32_imm32, slot, high).ok()?;
+    let jump = match call.code() {
+        Code::Call_rel32_64 => Instruction::with_branch(Code::Jmp_rel32_64, call.near_branch_target()).ok()?,
+        // What it goes by must not have moved with the push.
+        Code::Call_rm64 if call.memory_base() != Register::RSP && call.op0_register() != Register::RSP => {
+            let mut jump = *call;
+            jump.set_code(Code::Jmp_rm64);
+            jump
+        }
+        _ => return None,
+    };
+    Some([push, upper, jump])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The text of code, at its address.
+    fn text(code: &[u8], at: u64) -> Vec<String> {
+        use iced_x86::Formatter;
+        let mut out = Vec::new();
+        let mut formatter = iced_x86::IntelFormatter::new();
+        for insn in Decoder::with_ip(64, code, at, DecoderOptions::NONE).iter() {
+            let mut line = String::new();
+            formatter.format(&insn, &mut line);
+            out.push(line);
+        }
+        out
+    }
+
+    fn thunk(code: &[u8]) -> Result<Vec<String>, StubError> {
+        original_thunk(ProcAddr(0x9000), ProcAddr(0x1000), code).map(|c| text(&c, 0x9000))
+    }
+
+    #[test]
+    fn what_follows_is_jumped_to() {
+        // push rbp; mov rbp, rsp; sub rsp, 16
+        let lines = thunk(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10, 0x90]).unwrap();
+        assert_eq!(lines, ["push rbp", "mov rbp,rsp", "sub rsp,10h", "jmp 0000000000001008h"]);
+    }
+
+    #[test]
+    fn what_refers_to_its_own_place_still_refers_to_it() {
+        // lea rax, [rip+0x100]
+        assert_eq!(thunk(&[0x48, 0x8d, 0x05, 0, 1, 0, 0]).unwrap(), ["lea rax,[1107h]", "jmp 0000000000001007h"]);
+        // test edi, edi; je +0x20; nop
+        let lines = thunk(&[0x85, 0xff, 0x74, 0x20, 0x90]).unwrap();
+        assert_eq!(lines, ["test edi,edi", "je 0000000000001024h", "nop", "jmp 0000000000001005h"]);
+    }
+
+    #[test]
+    fn a_call_returns_into_the_old_body() {
+        // sub rsp, 8; call +0x100
+        let lines = thunk(&[0x48, 0x83, 0xec, 0x08, 0xe8, 0, 1, 0, 0]).unwrap();
+        assert_eq!(lines, ["sub rsp,8", "push 1009h", "mov dword ptr [rsp+4],0", "jmp 0000000000001109h"]);
+        // sub rsp, 8; call [rip+0x10]
+        let lines = thunk(&[0x48, 0x83, 0xec, 0x08, 0xff, 0x15, 0x10, 0, 0, 0]).unwrap();
+        assert_eq!(lines[1..], ["push 100Ah", "mov dword ptr [rsp+4],0", "jmp qword ptr [101Ah]"]);
+        // The upper half of an address counts, and a low half that looks negative, too.
+        let far = original_thunk(ProcAddr(0x5555_9000_0000), ProcAddr(0x5555_8fff_0000), &[0xe8, 0, 1, 0, 0]).unwrap();
+        let lines = text(&far, 0x5555_9000_0000);
+        assert_eq!(lines[..2], ["push 0FFFFFFFF8FFF0005h", "mov dword ptr [rsp+4],5555h"]);
+    }
+
+    #[test]
+    fn a_function_that_ends_is_not_left() {
+        // xor eax, eax; ret; and padding
+        assert_eq!(thunk(&[0x31, 0xc0, 0xc3, 0xcc, 0xcc]).unwrap(), ["xor eax,eax", "ret"]);
+        assert_eq!(thunk(&[0xe9, 0, 1, 0, 0]).unwrap(), ["jmp 0000000000001105h"]);
+    }
+
+    #[test]
+    fn what_only_works_in_its_place_is_refused() {
+        // call rax, which returns to where the jump will be; int 0x80; no instruction
+        let at = |n| Err(StubError::Unmovable { at: ProcAddr(n) });
+        assert_eq!(thunk(&[0xff, 0xd0, 0x90, 0x90, 0x90]), at(0x1000));
+        assert_eq!(thunk(&[0x90, 0xcd, 0x80, 0x90, 0x90]), at(0x1001));
+        assert_eq!(thunk(&[0x06, 0, 0, 0, 0]), Err(StubError::Undecodable { at: ProcAddr(0x1000) }));
+        // call [rsp+8]: the push would move it.
+        assert_eq!(thunk(&[0x90, 0xff, 0x54, 0x24, 0x08]), at(0x1001));
+    }
+
+    #[test]
+    fn a_stub_follows_its_word() {
+        let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
+        let at = ProcAddr(0x9000);
+        let stub = switch_stub(at, (ProcAddr(0x8048), 2), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        let lines = text(&stub, at.0);
+        assert_eq!(
+            lines,
+            [
+                "lea rsp,[rsp-80h]",
+                "pushfq",
+                "cmp dword ptr [8048h],2",
+                "jne short 000000000000901Dh",
+                "popfq",
+                "lea rsp,[rsp+80h]",
+                "jmp 000000000000A000h",
+                "popfq",
+                "lea rsp,[rsp+80h]",
+                "push rbp",
+                "mov rbp,rsp",
+                "nop",
+                "jmp 0000000000001005h",
+            ]
+        );
+        let far = switch_stub(at, (ProcAddr(1 << 40), 2), ProcAddr(0xa000), ProcAddr(0x1000), &code);
+        assert!(matches!(far, Err(StubError::OutOfReach { .. })));
+    }
+}

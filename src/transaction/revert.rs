@@ -1,0 +1,134 @@
+//! A patch that is applied, and its way back.
+
+use super::record::{stubs, watch_new, windows};
+use super::{hold_and_swap, straight, swap, RecordEdit, TransactionError};
+use crate::memory::ReadMemory;
+use crate::plan::{CodeEdit, Refusal};
+use crate::process::{HoldLimits, HoldTimes, Process, StackCheck};
+use crate::registry::{EntryRecord, Found, Payload};
+use crate::stack::Watched;
+
+/// An applied patch, about to be reverted.
+pub struct Applied {
+    found: Found,
+    pub(super) edits: Vec<CodeEdit>,
+    /// From the jumps back to the switch stubs.
+    leads: Vec<CodeEdit>,
+}
+
+impl Applied {
+    /// From its record.
+    ///
+    /// # Errors
+    ///
+    /// The record is damaged.
+    pub fn new(found: Found) -> Result<Self, Refusal> {
+        let edit = |e: &EntryRecord| {
+            Some(CodeEdit {
+                function: e.function.clone(),
+                at: e.at,
+                expected: e.jump.0.first_chunk().copied()?,
+                new: e.original.0.first_chunk().copied()?,
+            })
+        };
+        let edits = found.payload.entries.iter().map(edit).collect::<Option<_>>();
+        let damaged = || Refusal::Damaged {
+            name: found.payload.patch.clone(),
+            at: found.region.start,
+            what: "its entries are not those of a patch".into(),
+        };
+        let edits: Vec<CodeEdit> = edits.ok_or_else(damaged)?;
+        let lead = |(edit, e): (&CodeEdit, &EntryRecord)| {
+            let new = e.lead.as_ref()?.0.first_chunk().copied()?;
+            Some(CodeEdit { new, ..edit.clone() })
+        };
+        let leads: Option<Vec<CodeEdit>> = edits.iter().zip(&found.payload.entries).map(lead).collect();
+        Ok(Self { found, edits, leads: leads.unwrap_or_default() })
+    }
+
+    /// Its record.
+    #[must_use]
+    pub fn payload(&self) -> &Payload {
+        &self.found.payload
+    }
+
+    /// How many entries it has.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.edits.len()
+    }
+
+    /// The code that no thread may be in when the patch is reverted.
+    #[must_use]
+    pub fn watched(&self) -> Vec<Watched> {
+        watch_new(&self.found.payload)
+    }
+
+    /// The jumps back to the switch stubs; empty if the entries are written in one hold. To be written with [`rewrite`](super::rewrite) before
+    /// [`revert`](Self::revert).
+    #[must_use]
+    pub fn leads(&self) -> &[CodeEdit] {
+        &self.leads
+    }
+
+    /// From the switch stubs to the original bytes.
+    #[must_use]
+    pub fn rest(&self) -> Vec<CodeEdit> {
+        straight(&self.leads, &self.edits)
+    }
+
+    /// What no thread may be in while entries are rewritten without a switch.
+    #[must_use]
+    pub fn windows(&self) -> Vec<Watched> {
+        windows(&self.found.payload).collect()
+    }
+
+    /// The same, with the switch stubs: for when they are to go.
+    #[must_use]
+    pub fn windows_and_stubs(&self) -> Vec<Watched> {
+        windows(&self.found.payload).chain(stubs(&self.found.payload)).collect()
+    }
+
+    /// Leaves out the entries that do not lead into the patch: a command died before it wrote them.
+    pub fn keep_written<M: ReadMemory + ?Sized>(&mut self, memory: &M) {
+        self.edits.retain(|e| memory.read_vec(e.at, e.expected.len() as u64).is_ok_and(|there| there == e.expected));
+    }
+
+    /// Whether every entry still holds the patch's jump.
+    ///
+    /// # Errors
+    ///
+    /// The first one that does not.
+    pub fn check_entries<M: ReadMemory + ?Sized>(&self, memory: &M) -> Result<(), Refusal> {
+        swap::check(memory, &self.edits).map_err(|e| e.refusal(&self.found.payload.patch))
+    }
+
+    /// Holds, checks, writes the original bytes back and lets go. The mapping stays. With switch stubs it writes the one word that
+    /// they follow; the original bytes are then to be written by [`rest`](Self::rest).
+    ///
+    /// # Errors
+    ///
+    /// With the patch, to try again: a thread was not clear, or an entry could not be written.
+    pub fn revert<P: Process>(
+        self,
+        process: &mut P,
+        limits: HoldLimits,
+        check: &mut dyn StackCheck,
+    ) -> Result<Reverted, Box<(Self, TransactionError)>> {
+        let record = RecordEdit::reverted(&self.found);
+        let edits = if self.leads.is_empty() { &*self.edits } else { &[] };
+        match hold_and_swap(process, limits, check, edits, &[record]) {
+            Ok(times) => Ok(Reverted { times, entries: self.edits.len() }),
+            Err(e) => Err(Box::new((self, e))),
+        }
+    }
+}
+
+/// A patch that was reverted.
+#[derive(Clone, Copy, Debug)]
+pub struct Reverted {
+    /// How long threads were held.
+    pub times: HoldTimes,
+    /// How many entries were written back.
+    pub entries: usize,
+}
