@@ -115,7 +115,12 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Dynamic<'d
             let Some((entries, _)) = sh.rela(Le, raw.bytes).map_err(damaged)? else { continue };
             for r in entries {
                 let sym = resolved.get(r.r_sym(Le, false) as usize).copied();
-                relocs.insert(r.r_offset(Le), DynRel { kind: kind_of(r.r_type(Le, false).0, sym, r.r_addend(Le)) });
+                let (at, kind) = (r.r_offset(Le), r.r_type(Le, false).0);
+                let known = relocs.insert(at, DynRel { kind: kind_of(kind, sym, r.r_addend(Le)) });
+                // R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT: one for each slot of the table.
+                if matches!(kind, 6 | 7) && (known.is_some() || !is_slot(sections, at)) {
+                    return Err(damaged(format!("a dynamic relocation for a slot that can't be one, at {at:#x}")));
+                }
             }
         } else if kind == elf::SHT_RELR {
             let Some(iter) = sh.relr(Le, raw.bytes).map_err(damaged)? else { continue };
@@ -151,6 +156,12 @@ fn tls_sym<'d>(sym: Option<(&'d str, bool, u64)>, addend: i64) -> TlsSym<'d> {
         Some((_, true, value)) => TlsSym::Own(value.wrapping_add_signed(addend)),
         _ => TlsSym::Own(addend.cast_unsigned()),
     }
+}
+
+/// Whether a word of the global offset table begins here.
+fn is_slot(sections: &[Section<'_>], at: u64) -> bool {
+    let holder = sections.iter().find(|s| s.addr <= at && at - s.addr < s.size);
+    at.is_multiple_of(8) && holder.is_some_and(|s| s.name.starts_with(".got") && !s.exec)
 }
 
 fn word_at(sections: &[Section<'_>], at: u64) -> Option<u64> {

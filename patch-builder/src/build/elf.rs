@@ -215,6 +215,14 @@ pub fn kept_relocs(raw: &RawElf<'_>) -> Result<Vec<Reloc>, BuildError> {
         let (entries, _) =
             sh.rela(Le, raw.bytes).map_err(damaged)?.ok_or_else(|| damaged("a relocation section without entries"))?;
         text |= applies_to.exec && !entries.is_empty();
+        let inside = |at: u64| applies_to.addr <= at && at - applies_to.addr < applies_to.size;
+        if let Some(r) = entries.iter().find(|r| r.r_type(Le, false).0 != 0 && !inside(r.r_offset(Le))) {
+            return Err(damaged(format!(
+                "a relocation of {} for a place outside it, {:#x}",
+                applies_to.name,
+                r.r_offset(Le)
+            )));
+        }
         out.extend(entries.iter().map(|r| Reloc {
             at: r.r_offset(Le),
             kind: r.r_type(Le, false).0,

@@ -175,6 +175,7 @@ impl<'d> Build<'d> {
             nameless: symbols.nameless,
             unwind,
         };
+        build.check_distances()?;
         build.add_pointer_bounds();
         build.name_resolver_stubs();
         match build.sanitizer() {
@@ -187,6 +188,29 @@ impl<'d> Build<'d> {
             }),
             None => Ok(build),
         }
+    }
+
+    /// A table of distances to code (a jump table) must hold what its relocations say: a damaged one would send the
+    /// patch anywhere.
+    fn check_distances(&self) -> Result<(), BuildError> {
+        const PC32: u32 = 2;
+        for s in self.sections.iter().filter(|s| !s.exec && !s.zero_fill) {
+            for r in self.relocs_in(s.addr, s.size).iter().filter(|r| r.kind == PC32) {
+                let symbol = self.rel_sym(r);
+                let to_code = matches!(symbol.target, SymTarget::Place | SymTarget::Func(_))
+                    && self.section_at(symbol.value).is_some_and(|s| s.exec);
+                let to = symbol.value.wrapping_add_signed(r.addend);
+                let distance = self.bytes(r.at, 4).and_then(|b| b.try_into().ok()).map(i32::from_le_bytes);
+                let there = distance.map(|d| r.at.wrapping_add_signed(i64::from(d)));
+                if to_code && there != Some(to) {
+                    return Err(elf::damaged(format!(
+                        "a relocation at {:#x} that does not give what stands there",
+                        r.at
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A sanitizer whose tables a patch can't extend: unnamed writable data that its runtime has registered.

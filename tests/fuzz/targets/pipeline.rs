@@ -77,17 +77,19 @@ fn engine_refuses(patch: &PatchFile, old: &Build<'_>) -> bool {
 }
 
 /// The check of a finished patch, against builds that it was not made of.
-fn is_right(bytes: &[u8], patch: &PatchFile, new_bytes: &[u8]) -> Result<(), String> {
+fn is_right(bytes: &[u8], patch: &PatchFile, new_bytes: &[u8], flipped: &[u8]) -> Result<(), String> {
     let old = Side::new(Build::parse("old", OLD).map_err(|e| e.to_string())?);
     // A new build that cannot be read without the other flips says nothing.
     let Ok(new) = Build::parse("new", new_bytes) else { return Ok(()) };
     let new = Side::new(new);
     let pairing = pair(&old, &new);
     let found = diff(&old, &new, (OLD, new_bytes), &pairing, DiffOptions { strict_locations: false });
+    // A flipped name is still the function that it names.
+    let named = Build::parse("new", flipped).map_err(|e| e.to_string())?;
     let mut placed = BTreeMap::new();
     for f in &patch.manifest.functions {
-        let named = 0..new.build.funcs.len() as u32;
-        let id = named.into_iter().find(|id: &u32| new.build.func(*id).names.iter().any(|n| n.text == f.name));
+        let at = named.funcs.iter().find(|g| g.names.iter().any(|n| n.text == f.name)).map(|g| g.addr);
+        let id = (0..new.build.funcs.len() as u32).find(|id| Some(new.build.func(*id).addr) == at);
         let Some(id) = id else { return Err(format!("{} is no function of the new build", f.name)) };
         placed.insert(id, f.new_at);
     }
@@ -134,7 +136,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     if unknowable || engine_refuses(&patch, &truth) {
         return;
     }
-    if let Err(what) = is_right(&bytes, &patch, &true_new) {
+    if let Err(what) = is_right(&bytes, &patch, &true_new, &flipped[1]) {
         panic!("a wrong patch: {what}");
     }
 });
