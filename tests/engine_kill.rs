@@ -1,4 +1,4 @@
-//! The tool is killed at each of its system calls: the target must run on, all old or all new, and miss nothing.
+//! The tool is killed at each of its system calls: the target must run on, all old or all new, and miss nothing, no signal either.
 //!
 //! The one thing that a kill may show: between a stop and the write that hides it, a blocked call may return EINTR.
 //!
@@ -85,6 +85,7 @@ impl Place {
         let answer = self.target.ask("answer 1");
         assert!(answer == "1002" || answer == "2002", "{context}: {answer}");
         assert_eq!(self.target.ask("torn"), "0", "{context}: a thread saw what it must not see");
+        assert_eq!(self.target.ask("lost"), "0", "{context}: signals are lost");
         let out = livepatch(&["status", &self.pid, "--json"]);
         assert_eq!(out.code, 0, "{context}: {}", out.stderr);
         let status: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();

@@ -141,6 +141,32 @@ static void *hammer(void *arg)
 	return arg;
 }
 
+/* signals that are sent and those that arrive, at a thread that sleeps */
+static volatile long sent, handled;
+static volatile int hush;
+static pthread_t sleeper;
+static void on_signal(int s) { (void)s; handled++; }
+
+static void *in_pause(void *arg)
+{
+	sigset_t s;
+	sigemptyset(&s);
+	sigaddset(&s, SIGRTMIN + 1);
+	pthread_sigmask(SIG_UNBLOCK, &s, NULL);
+	for (;;)
+		pause();
+	return arg;
+}
+
+static void *sender(void *arg)
+{
+	union sigval v = { 0 };
+	for (;; usleep(500))
+		if (!hush && !pthread_sigqueue(sleeper, SIGRTMIN + 1, v))
+			sent++;
+	return arg;
+}
+
 static void on_usr1(int s) { (void)s; }
 
 #ifdef CONTEXTS
@@ -164,6 +190,8 @@ int main(int argc, char **argv)
 	sigset_t s;
 	sigemptyset(&s);
 	sigaddset(&s, SIGRTMIN);
+	sigaddset(&s, SIGRTMIN + 1);
+	signal(SIGRTMIN + 1, on_signal);
 	sigprocmask(SIG_BLOCK, &s, NULL);
 	signal(SIGUSR1, on_usr1);
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -189,6 +217,8 @@ int main(int argc, char **argv)
 			printf("in\n");
 		} else if (!strncmp(line, "hammer", 6)) {
 			pthread_create(&t, NULL, hammer, NULL);
+			pthread_create(&sleeper, NULL, in_pause, NULL);
+			pthread_create(&t, NULL, sender, NULL);
 			printf("on\n");
 		} else if (!strncmp(line, "leave", 5)) {
 			leave = 1;
@@ -197,6 +227,12 @@ int main(int argc, char **argv)
 			printf("out\n");
 		} else if (!strncmp(line, "errors", 6)) {
 			printf("%d\n", errors + interrupted);
+		} else if (!strncmp(line, "lost", 4)) {
+			hush = 1;
+			for (int i = 0; i < 100 && (usleep(2000), sent != handled); i++)
+				;
+			printf("%ld\n", sent - handled);
+			hush = 0;
 		} else if (!strncmp(line, "torn", 4)) {
 			printf("%d\n", errors);
 		} else if (!strncmp(line, "calls", 5)) {
