@@ -15,6 +15,7 @@ get_crate() { # get_crate NAME VERSION DEST : published source through cargo's o
   d=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$1-$2" | head -1); rm -rf "$t"; [ -d "$d" ] || return 1
   rm -rf "$3"; mkdir -p "$(dirname "$3")"; cp -r "$d" "$3"; touch "$3"/src/*.rs; }
 rust_mk() { # rust_mk SRCDIR OUT : always the same target folder; DWARF line tables + relocations kept
+  grep -q '^\[workspace' "$1/Cargo.toml" || printf '\n[workspace]\n' >> "$1/Cargo.toml"   # it is no member of a workspace around it
   ( cd "$1" && CARGO_PROFILE_RELEASE_DEBUG=2 CARGO_PROFILE_RELEASE_STRIP=none CARGO_TARGET_DIR="$CASE_DIR/target" \
     RUSTFLAGS="-Clink-arg=-Wl,--emit-relocs" nice cargo build --release -j$JOBS $CARGO_ARGS --bin "$BIN" ) && mkdir -p "$(dirname "$2")" && cp "$CASE_DIR/target/release/$BIN" "$2"; }
 do_build() { # old; then the source hunk only (same version); then the published later version (bump)

@@ -23,7 +23,7 @@ use crate::pairing::Pairing;
 use crate::report::Refusal;
 use crate::select::{PieceKind, Selection};
 use crate::side::Side;
-use crate::types::{Depth, LayoutRecord, NameId, Static, Types};
+use crate::types::{Depth, Digests, LayoutRecord, NameId, Static, Types};
 pub use after::{after, living};
 use numbered::Numbered;
 use same::Compare;
@@ -394,10 +394,11 @@ impl Guard<'_, '_> {
     /// The layouts that the new build brings: of types that are new, or that changed.
     fn brought(&mut self) {
         let [old, new] = self.inputs.types;
+        let mut digests = Digests::new(new);
         for name in new.defined() {
             let known = old.name_id(new.name(name)).is_some_and(|n| !old.defs(n).is_empty());
             if !known || self.changed.contains(&name) {
-                let records = new.defs(name).iter().map(|def| new.record(name, def));
+                let records = new.defs(name).iter().map(|def| digests.record(name, def));
                 self.out.layouts.extend(records);
             }
         }

@@ -18,7 +18,7 @@ mod text;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
-pub use text::{DefText, LayoutRecord};
+pub use text::{DefText, Digests, LayoutRecord};
 
 /// Index of a type expression.
 pub type TyId = u32;

@@ -1,6 +1,6 @@
 //! Layouts as text for people, and as digests that do not depend on the build.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use sha2::{Digest as _, Sha256};
 
@@ -174,11 +174,7 @@ impl Types {
     /// A definition as a patch records it.
     #[must_use]
     pub fn record(&self, name: NameId, def: &Def) -> LayoutRecord {
-        let name = self.name(name).to_owned();
-        let text = self.flat(&name, &def.layout);
-        let digest = self.digest(&text, self.held(&def.layout));
-        let source = def.files.first().map_or_else(String::new, |at| self.place(*at));
-        LayoutRecord { name, digest, text, source }
+        Digests::new(self).record(name, def)
     }
 
     /// 32 hex digits over a type and everything that it holds by value: equal for equal types in any build.
@@ -188,28 +184,78 @@ impl Types {
         if let Ty::Base(_, encoding, size) = self.ty(ty) {
             text += &format!(", {size} bytes of kind {encoding}");
         }
-        self.digest(&text, self.held_in(vec![ty]))
+        Digests::new(self).digest(&text, &self.held_in(vec![ty]))
     }
 
     fn flat(&self, name: &str, layout: &Layout) -> String {
         let text = self.layout_text(name, layout);
         text.lines.iter().fold(text.head, |out, (at, what)| format!("{out}\n{at} {what}"))
     }
+}
 
-    /// Of a text and of everything that its types consist of, each once.
-    fn digest(&self, text: &str, mut open: Vec<NameId>) -> String {
+/// Digests of layouts, each made once.
+pub struct Digests<'t> {
+    types: &'t Types,
+    known: HashMap<NameId, [u8; 32]>,
+}
+
+impl<'t> Digests<'t> {
+    /// None yet.
+    #[must_use]
+    pub fn new(types: &'t Types) -> Self {
+        Self { types, known: HashMap::new() }
+    }
+
+    /// A definition as a patch records it.
+    #[must_use]
+    pub fn record(&mut self, name: NameId, def: &Def) -> LayoutRecord {
+        let types = self.types;
+        let name = types.name(name).to_owned();
+        let text = types.flat(&name, &def.layout);
+        let digest = self.digest(&text, &types.held(&def.layout));
+        let source = def.files.first().map_or_else(String::new, |at| types.place(*at));
+        LayoutRecord { name, digest, text, source }
+    }
+
+    /// Of a text and of the types that it names.
+    fn digest(&mut self, text: &str, parts: &[NameId]) -> String {
         let mut hasher = Sha256::new_with_prefix(text.as_bytes());
-        let mut seen = BTreeSet::new();
-        while let Some(part) = open.pop() {
-            if !seen.insert(part) {
-                continue;
-            }
-            for d in self.defs(part) {
-                hasher.update(self.flat(self.name(part), &d.layout));
-                open.extend(self.held(&d.layout));
-            }
+        for part in parts {
+            hasher.update(self.of(*part));
         }
         hasher.finalize().iter().take(16).map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Of all definitions of a name and what they hold. By a list, not by calls: types may nest as deep as they like.
+    fn of(&mut self, name: NameId) -> [u8; 32] {
+        let types = self.types;
+        let mut open = vec![name];
+        let mut begun = BTreeSet::new();
+        while let Some(top) = open.last().copied() {
+            let held: Vec<NameId> = types.defs(top).iter().flat_map(|d| types.held(&d.layout)).collect();
+            // What holds itself, as only damaged types do, is begun already.
+            let first = begun.insert(top);
+            let missing = held.iter().filter(|h| !self.known.contains_key(h) && !begun.contains(h));
+            let before = open.len();
+            if first && !self.known.contains_key(&top) {
+                open.extend(missing);
+            }
+            if open.len() > before {
+                continue;
+            }
+            open.pop();
+            if !self.known.contains_key(&top) {
+                let mut hasher = Sha256::new();
+                for d in types.defs(top) {
+                    hasher.update(types.flat(types.name(top), &d.layout));
+                }
+                for h in &held {
+                    hasher.update(self.known.get(h).copied().unwrap_or_default());
+                }
+                self.known.insert(top, hasher.finalize().into());
+            }
+        }
+        self.known.get(&name).copied().unwrap_or_default()
     }
 }
 
