@@ -65,7 +65,13 @@ fn refusal(old: &Side<'_>, new: &Side<'_>, x: FuncId, h: FuncId) -> Refusal {
 
 /// The functions whose address a function takes, in code or through a slot.
 fn held_by(side: &Side<'_>, f: FuncId) -> BTreeSet<FuncId> {
-    let refs = side.lifted[f as usize].refs.iter().filter(|r| Side::takes_address(r.access));
+    let code = &side.lifted[f as usize];
+    // `call [slot]` and `jmp [slot]` (ff /2, ff /4) call; they hold nothing.
+    let calls = |at: u32| {
+        let opcode = (at as usize).checked_sub(2).and_then(|from| code.masked.get(from..at as usize));
+        matches!(opcode, Some([0xff, 0x15 | 0x25]))
+    };
+    let refs = code.refs.iter().filter(|r| Side::takes_address(r.access) && !calls(r.at));
     refs.filter_map(|r| match r.target {
         Target::Func(g, 0) => Some(g),
         Target::Slot(at) => match slot(side, at) {
