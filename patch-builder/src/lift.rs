@@ -10,7 +10,7 @@
 use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use rayon::prelude::*;
 
-use crate::build::{Build, FuncId, ObjId, Reloc, SymTarget, TlsFound, TlsModel};
+use crate::build::{Build, FuncId, ObjId, Reloc, Section, SymTarget, TlsFound, TlsModel};
 
 /// What a reference refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -475,6 +475,23 @@ pub fn resolve<'d>(build: &Build<'d>, to: u64, reloc: Option<&Reloc>) -> Target<
     }
     match build.object_at(to) {
         Some(id) => Target::Object(id, (to - build.object(id).addr).cast_signed()),
-        None => Target::Data(to),
+        None => match end_before_padding(build, section, to) {
+            Some(id) => Target::Object(id, build.object(id).size.cast_signed()),
+            None => Target::Data(to),
+        },
     }
+}
+
+/// The variable whose end is at `to`, where nothing can begin: only what holds pointers is put into `.data.rel.ro`, so zeros
+/// without a relocation up to the next symbol are padding.
+fn end_before_padding(build: &Build<'_>, section: &Section<'_>, to: u64) -> Option<ObjId> {
+    if !section.name.starts_with(".data.rel.ro") {
+        return None;
+    }
+    let id = build.object_at(to.checked_sub(1)?)?;
+    let object = build.object(id);
+    let len = build.next_bound(to).min(section.addr + section.size).checked_sub(to).filter(|len| *len > 0)?;
+    let ends = object.size > 0 && object.addr + object.size == to;
+    let zeros = ends && build.bytes(to, len).is_some_and(|b| b.iter().all(|b| *b == 0));
+    (zeros && build.relocs_in(to, len).is_empty() && !build.has_dynamic_in(to, len)).then_some(id)
 }

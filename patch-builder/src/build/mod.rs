@@ -286,6 +286,13 @@ impl<'d> Build<'d> {
         self.section_at(addr).is_some_and(|s| s.zero_fill)
     }
 
+    /// Whether the dynamic linker writes anything in `addr..addr + len`.
+    #[must_use]
+    pub fn has_dynamic_in(&self, addr: u64, len: u64) -> bool {
+        let first = self.dynamic_at.partition_point(|at| *at < addr);
+        self.dynamic_at.get(first).is_some_and(|at| at - addr < len)
+    }
+
     /// The function that holds `addr`.
     #[must_use]
     pub fn func_at(&self, addr: u64) -> Option<FuncId> {
