@@ -93,7 +93,7 @@ fn target<'d>(file: &File<'d>, symbol: &impl ObjectSymbol<'d>, addend: i64, dept
         return format!("{:?}", String::from_utf8_lossy(rest.split(|b| *b == 0).next().unwrap_or(rest)));
     }
     if let Some((_, width)) = section_name.rsplit_once(".cst") {
-        let end = (at + width.parse().unwrap_or(16)).min(section.size());
+        let end = at.saturating_add(width.parse().unwrap_or(16)).min(section.size());
         return describe(file, &section, at.min(end), end, depth + 1);
     }
     format!("({:+} in {})", at, describe(file, &section, 0, section.size(), depth + 1))

@@ -165,7 +165,8 @@ impl<'d> Selector<'_, 'd> {
             return Some(Bound::Piece(*piece, *offset));
         }
         let end = match access {
-            Access::Exact(len) => self.new.extent_end(at).max(at + u64::from(len)),
+            // What an instruction reads is known; what stands behind it may be anything.
+            Access::Exact(len) => at + u64::from(len).max(least),
             _ => self.new.extent_end(at).max(at + least),
         };
         let piece = self.piece(at, end - at, PieceKind::Constant, "constant", None);
