@@ -242,6 +242,10 @@ pub fn entry_edits(patch: &PatchFile, layout: &Layout, bias: LoadBias) -> Result
         let (Some(at), Some(to)) = (bias.to_process(entry.at), layout.base.checked_add(f.new_at)) else {
             return Err(far);
         };
+        // A kill between its two pages would leave half a jump.
+        if at.0 % PAGE > PAGE - ENTRY_JUMP_LEN {
+            return Err(Refusal::EntryAcrossPages { function: f.demangled.clone(), at });
+        }
         let new = Edit::Jump { at, to }.encode().map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;
         let expected = entry.original.0.first_chunk().copied().ok_or(far)?;
         out.push(CodeEdit { function: f.demangled.clone(), at, expected, new });
@@ -263,6 +267,9 @@ pub fn redirect_edits(
     let mut out = Vec::new();
     for ((r, at), expected) in patch.manifest.redirects.iter().zip(places).zip(expected) {
         let far = || Refusal::OutOfReach { at: *at, to: layout.base };
+        if at.0 % PAGE > PAGE - ENTRY_JUMP_LEN {
+            return Err(Refusal::EntryAcrossPages { function: r.name.clone(), at: *at });
+        }
         let to = layout.base.checked_add(r.new_at).ok_or_else(far)?;
         let new =
             Edit::Jump { at: *at, to }.encode().map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;

@@ -89,6 +89,14 @@ pub enum Refusal {
         /// Whether its first byte is `int3`.
         breakpoint: bool,
     },
+    /// The entry jump would lie in two pages, which the kernel writes one after the other.
+    #[error("the first bytes of {function} at {at} lie in two pages, and a jump there can't be written in one step")]
+    EntryAcrossPages {
+        /// The function.
+        function: String,
+        /// Where the jump would begin.
+        at: ProcAddr,
+    },
     /// What follows a short function is in use.
     #[error("{function} at {at} is too short for the entry jump, and what follows it is no padding")]
     EntryTooShort {
@@ -218,6 +226,7 @@ impl Refusal {
             Self::Contexts { .. } => "contexts",
             Self::CodeChanged { breakpoint: true, .. } => "breakpoint",
             Self::CodeChanged { .. } => "code-changed",
+            Self::EntryAcrossPages { .. } => "entry-across-pages",
             Self::EntryTooShort { .. } => "entry-too-short",
             Self::EntryImmovable { .. } => "entry-immovable",
             Self::BranchIntoEntry { .. } => "branch-into-entry",
@@ -256,6 +265,9 @@ impl Refusal {
             Self::CodeChanged { breakpoint: true, .. } => "remove the breakpoint or probe".into(),
             Self::CodeChanged { .. } => {
                 "take back what changed it (another patcher, a hook), or restart the process".into()
+            }
+            Self::EntryAcrossPages { .. } => {
+                "align functions (-falign-functions=16), or patch its callers instead".into()
             }
             Self::EntryTooShort { .. }
             | Self::EntryImmovable { .. }
