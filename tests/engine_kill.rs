@@ -187,3 +187,45 @@ fn the_second_of_two_commands_names_the_first() {
     assert_eq!(livepatch(&["recover", &pid]).stdout, format!("process {pid}: nothing to recover\n"));
     assert_eq!(livepatch(&["revert", &pid]).code, 0);
 }
+
+/// What a command leaves that dies between two entries of one hold: made here by hand, one entry put back.
+#[test]
+fn a_patch_that_is_applied_in_part_is_taken_back_whole() {
+    use std::os::unix::fs::FileExt;
+
+    use object::{Object as _, ObjectSymbol as _};
+
+    let folder = folder("kill-part");
+    let old = gcc(&folder, "old", SERVER, &[]);
+    let object = object(&folder, "fix.o", FIX);
+    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer", "plain"], may_unwind: false };
+    let fix = write_patch(&recipe, &folder.join("fix.so"));
+    let mut target = Target::start(&old, &[]);
+    let (pid, fix) = (target.pid().to_string(), fix.to_str().unwrap());
+    assert_eq!(livepatch(&["apply", &pid, fix]).code, 0);
+    assert_eq!(target.ask("answer 1"), "2002");
+
+    let bytes = std::fs::read(&old).unwrap();
+    let file = object::File::parse(&*bytes).unwrap();
+    let at = file.symbols().find(|s| s.name() == Ok("plain")).unwrap().address();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let image = maps.lines().find(|l| l.ends_with(old.to_str().unwrap())).unwrap();
+    let base = u64::from_str_radix(image.split('-').next().unwrap(), 16).unwrap();
+    let memory = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/mem")).unwrap();
+    // The program's text has the same place in file and memory.
+    memory.write_all_at(&bytes[at as usize..at as usize + 5], base + at).unwrap();
+
+    assert!(livepatch(&["status", &pid]).stdout.contains("livepatch recover"));
+    for args in [&["revert", &pid][..], &["apply", &pid, fix]] {
+        let out = livepatch(args);
+        assert_eq!(out.code, 3, "{args:?}: {}{}", out.stdout, out.stderr);
+    }
+    let out = livepatch(&["recover", &pid]);
+    assert_eq!((out.code, out.stdout), (0, format!("process {pid}: patch fix is reverted\n")), "{}", out.stderr);
+    assert_eq!(target.ask("answer 1"), "1002");
+    assert_eq!(livepatch(&["recover", &pid]).stdout, format!("process {pid}: nothing to recover\n"));
+    assert_eq!(livepatch(&["apply", &pid, fix]).code, 0);
+    assert_eq!(target.ask("answer 1"), "2002");
+    assert_eq!(livepatch(&["revert", &pid]).code, 0);
+    assert_eq!(target.ask("answer 1"), "1002");
+}

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::addr::ProcRange;
 use crate::image::Image;
+use crate::insn;
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
@@ -14,7 +15,7 @@ use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
-use crate::stack::{Cfi, Part, WatchList, Watched};
+use crate::stack::{Cfi, Part, Watched};
 use crate::transaction::{Applied, Planned, Staged, SwapError, TransactionError};
 
 mod blame;
@@ -168,8 +169,7 @@ impl Patcher {
             return Ok(report);
         };
         let register_frame = inspected.register_frame;
-        let pid = self.process.pid();
-        let place = Place { images: &self.images, maps: &self.maps, patch: &patch.manifest.name };
+        let place = Place::new(&self.process, &self.images, &self.maps, &patch.manifest.name);
         let mut staged = planned.stage(&mut self.process, deadline)?;
         if staged.wants_registration() {
             match register_frame {
@@ -194,14 +194,14 @@ impl Patcher {
             Ok(times) => times,
             Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
         };
-        let mut watched = staged.watched();
-        watched.extend(signal_returns(staged.process(), &self.images, &self.maps));
-        let watch = WatchList::new(watched);
+        let watch = place.watch(staged.watched());
         let committed = loop {
-            let stacks = StackMap::new(&staged.process().mappings()?);
-            if retry.wants_tables {
-                retry.load_tables(staged.process(), &self.images)?;
-            }
+            let ready = retry.tables_if_wanted(staged.process(), &self.images);
+            let ready = ready.and_then(|()| Ok(StackMap::new(&staged.process().mappings()?)));
+            let stacks = match ready {
+                Ok(stacks) => stacks,
+                Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
+            };
             let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             match staged.commit(retry.limits(), &mut checker, inspected.sequence, now) {
@@ -210,8 +210,7 @@ impl Patcher {
                     let (back, error) = *failed;
                     staged = back;
                     let blocked = checker.into_blocked();
-                    let again = retry.again(error, blocked, staged.process(), &self.images, pid, place.patch);
-                    if let Err(e) = again {
+                    if let Err(e) = place.again(&mut retry, staged.process(), error, blocked) {
                         return Err(take_back(&place, staged, &leads, options, e));
                     }
                 }
@@ -257,45 +256,25 @@ impl Patcher {
         let mut report = self.report("revert", &newest.payload.patch);
         let patch = newest.payload.patch.clone();
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
-        let mut applied = Applied::new(newest)?;
+        let applied = Applied::new(newest)?;
         applied.check_entries(&self.process)?;
-        let place = Place { images: &self.images, maps: &self.maps, patch: &patch };
+        let place = Place::new(&self.process, &self.images, &self.maps, &patch);
         let mut retry = Retry::new(deadline, options.hold);
         let (leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
-        let jump_again = |process: &mut PtraceProcess, e: Error| {
-            // What stays leads to the new code as before.
-            let retry = Retry::new(Instant::now() + options.timeout, options.hold);
-            place.take_back(process, &leads, windows.clone(), retry);
-            e
-        };
-        let mut longest = match place.rewrite(&mut self.process, &leads, windows.clone(), &mut retry) {
-            Ok(times) => times,
-            Err(e) => return Err(jump_again(&mut self.process, e)),
-        };
-        let mut watched = applied.watched();
-        watched.extend(signal_returns(&self.process, &self.images, &self.maps));
-        let watch = WatchList::new(watched);
-        let reverted = loop {
-            let stacks = StackMap::new(&self.process.mappings()?);
-            if retry.wants_tables {
-                retry.load_tables(&self.process, &self.images)?;
-            }
-            let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
-            match applied.revert(&mut self.process, retry.limits(), &mut checker) {
-                Ok(reverted) => break reverted,
-                Err(failed) => {
-                    let (back, error) = *failed;
-                    applied = back;
-                    let blocked = checker.into_blocked();
-                    if let Err(e) = retry.again(error, blocked, &self.process, &self.images, pid, &patch) {
-                        return Err(jump_again(&mut self.process, e));
-                    }
-                }
+        let led = place.rewrite(&mut self.process, &leads, windows.clone(), &mut retry);
+        let held = led.and_then(|times| Ok((times, place.revert(&mut self.process, applied, &mut retry)?)));
+        let (mut longest, reverted) = match held {
+            Ok(done) => done,
+            Err(e) => {
+                // What stays leads to the new code as before.
+                let retry = Retry::new(Instant::now() + options.timeout, options.hold);
+                place.take_back(&mut self.process, &leads, windows, retry);
+                return Err(e);
             }
         };
         longest = longer(longest, reverted.times);
         let mut after = Retry::new(Instant::now() + options.timeout, options.hold);
-        match place.rewrite(&mut self.process, &rest, windows.clone(), &mut after) {
+        match place.rewrite(&mut self.process, &rest, windows, &mut after) {
             Ok(times) => longest = longer(longest, times),
             Err(e) => report.warnings.push(format!("calls go through switch stubs until `livepatch recover`: {e}")),
         }
@@ -418,6 +397,14 @@ impl Retry {
         HoldLimits { deadline: self.hold }
     }
 
+    /// Reads the unwind tables if an attempt asked for them.
+    fn tables_if_wanted(&mut self, process: &PtraceProcess, images: &[Image]) -> Result<(), Error> {
+        if self.wants_tables {
+            self.load_tables(process, images)?;
+        }
+        Ok(())
+    }
+
     /// Reads all unwind tables, those of patches included, while the threads run.
     fn load_tables(&mut self, process: &PtraceProcess, images: &[Image]) -> Result<(), Error> {
         let mut cfi = Cfi::load(process, images);
@@ -484,16 +471,15 @@ struct Inspected {
 /// Where signal handlers return to: `mov rax, 15; syscall` in the C library, which hands the kernel this address
 /// with each handler (sigaction(2), sa_restorer).
 fn signal_returns<M: ReadMemory + ?Sized>(memory: &M, images: &[Image], maps: &[Mapping]) -> Vec<Watched> {
-    const RT_SIGRETURN: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
     let is_libc =
         |i: &&Image| ["libc.", "libc-", "ld-musl", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
     let mut out = Vec::new();
     for image in images.iter().filter(is_libc) {
         for code in maps.iter().filter(|m| m.execute && image.range.overlaps(&m.range)) {
             let Ok(bytes) = memory.read_vec(code.range.start, code.range.len_bytes()) else { continue };
-            for at in memchr::memmem::find_iter(&bytes, &RT_SIGRETURN) {
+            for at in memchr::memmem::find_iter(&bytes, insn::SIGRETURN[0]) {
                 let start = code.range.start.checked_add(at as u64);
-                let range = start.and_then(|s| ProcRange::new(s, RT_SIGRETURN.len() as u64));
+                let range = start.and_then(|s| ProcRange::new(s, insn::SIGRETURN[0].len() as u64));
                 out.extend(range.map(|range| Watched {
                     name: "a signal frame".into(),
                     range,

@@ -8,14 +8,12 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::rewrite::Place;
-use super::{signal_returns, Error, Options, Patcher, Retry};
+use super::{Error, Options, Patcher, Retry};
 use crate::memory::ReadMemory;
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::Undisturbed;
 use crate::process::{Process, RemoteCall};
-use crate::quiesce::{Checker, StackMap};
-use crate::registry::{encode_mutable, Found, Mutable, State, Unwind, MUTABLE_AT};
-use crate::stack::WatchList;
+use crate::registry::{encode_mutable, EntryRecord, Found, Mutable, State, Unwind, MUTABLE_AT};
 use crate::transaction::{undone, Applied};
 
 /// Where the entries of a patch lead.
@@ -52,46 +50,61 @@ pub struct Recovered {
     pub outcome: Outcome,
 }
 
-/// Where a patch's entries lead.
-pub(super) fn entries<M: ReadMemory + ?Sized>(memory: &M, found: &Found) -> Result<Entries, Refusal> {
-    let (mut old, mut new) = (0, 0);
-    for e in &found.payload.entries {
-        let there = memory.read_vec(e.at, e.jump.0.len() as u64).unwrap_or_default();
-        let led = e.lead.as_ref().is_some_and(|l| there == l.0);
-        if led && found.mutable.state == State::Applied || there == e.jump.0 {
-            new += 1;
-        } else if led {
-            old += 1;
-        } else if found.mutable.state == State::Applied && there != e.original.0 {
-            let what = format!("the entry of {} holds neither its own bytes nor the patch's jump", e.function);
-            return Err(Refusal::Damaged { name: found.payload.patch.clone(), at: e.at, what });
-        } else {
-            old += 1;
+/// Where a patch's entries lead, and how many of them by a switch stub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Lead {
+    pub(super) to: Entries,
+    by_stub: usize,
+}
+
+impl Lead {
+    /// Reads the entries of `found`. What another of `records` wrote there is not its own, and no damage: a command died
+    /// while one patch took the place of another.
+    pub(super) fn read<M: ReadMemory + ?Sized>(memory: &M, found: &Found, records: &[Found]) -> Result<Self, Refusal> {
+        let applied = found.mutable.state == State::Applied;
+        let (mut old, mut new, mut by_stub) = (0, 0, 0);
+        for e in &found.payload.entries {
+            let there = memory.read_vec(e.at, e.jump.0.len() as u64).unwrap_or_default();
+            let of_another = |r: &Found| {
+                let wrote = |o: &EntryRecord| {
+                    o.at == e.at && (o.jump.0 == there || o.lead.as_ref().is_some_and(|l| l.0 == there))
+                };
+                r.region != found.region && r.payload.entries.iter().any(wrote)
+            };
+            if e.lead.as_ref().is_some_and(|l| there == l.0) {
+                by_stub += 1;
+                *if applied { &mut new } else { &mut old } += 1;
+            } else if there == e.jump.0 {
+                new += 1;
+            } else if applied && there != e.original.0 && !records.iter().any(of_another) {
+                let what = format!("the entry of {} holds neither its own bytes nor the patch's jump", e.function);
+                return Err(Refusal::Damaged { name: found.payload.patch.clone(), at: e.at, what });
+            } else {
+                old += 1;
+            }
         }
+        let to = match (old, new) {
+            (0, n) if n > 0 => Entries::New,
+            (_, 0) => Entries::Old,
+            _ => Entries::Mixed,
+        };
+        Ok(Self { to, by_stub })
     }
-    Ok(match (old, new) {
-        (0, n) if n > 0 => Entries::New,
-        (_, 0) => Entries::Old,
-        _ => Entries::Mixed,
-    })
-}
 
-/// The entries that lead to a switch stub.
-fn led<M: ReadMemory + ?Sized>(memory: &M, found: &Found) -> usize {
-    let leads = found.payload.entries.iter().filter_map(|e| Some((e.at, &e.lead.as_ref()?.0)));
-    leads.filter(|(at, lead)| memory.read_vec(*at, lead.len() as u64).is_ok_and(|there| there == **lead)).count()
-}
-
-/// Whether record and entries agree, and nothing goes through a switch stub.
-pub(super) fn is_finished<M: ReadMemory + ?Sized>(memory: &M, found: &Found, entries: Entries) -> bool {
-    if led(memory, found) > 0 {
-        return false;
+    /// Whether the record says the same, and nothing goes through a switch stub.
+    pub(super) fn is_finished(self, found: &Found) -> bool {
+        self.by_stub == 0
+            && match (found.mutable.state, self.to) {
+                (State::Applied, Entries::New) | (State::Reverted, Entries::Old) => true,
+                // A patch without entries has nothing but its record.
+                (State::Applied, Entries::Old) => found.payload.entries.is_empty(),
+                _ => false,
+            }
     }
-    match (found.mutable.state, entries) {
-        (State::Applied, Entries::New) | (State::Reverted, Entries::Old) => true,
-        // A patch without entries has nothing but its record.
-        (State::Applied, Entries::Old) => found.payload.entries.is_empty(),
-        _ => false,
+
+    /// Whether it is a mapping that nothing was ever led to.
+    fn is_unused(self, found: &Found) -> bool {
+        self.by_stub == 0 && self.to == Entries::Old && found.mutable.state == State::Staged
     }
 }
 
@@ -112,13 +125,13 @@ impl Patcher {
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
         let mut out = Vec::new();
-        for found in records {
-            let lead = entries(&self.process, &found)?;
-            if is_finished(&self.process, &found, lead) {
+        for found in &records {
+            let lead = Lead::read(&self.process, found, &records)?;
+            if lead.is_finished(found) {
                 continue;
             }
             let patch = found.payload.patch.clone();
-            let outcome = self.finish(found, lead, sequence, options)?;
+            let outcome = self.finish(found.clone(), lead, sequence, options)?;
             out.push(Recovered { patch, outcome });
         }
         Ok(out)
@@ -126,12 +139,11 @@ impl Patcher {
 
     /// An interrupted command's work must be finished before another begins.
     pub(super) fn finished(&mut self) -> Result<(), Error> {
-        for found in self.records()? {
-            let lead = entries(&self.process, &found)?;
-            let unused =
-                found.mutable.state == State::Staged && lead == Entries::Old && led(&self.process, &found) == 0;
-            if !(unused || is_finished(&self.process, &found, lead)) {
-                return Err(Refusal::Unfinished { name: found.payload.patch }.into());
+        let records = self.records()?;
+        for found in &records {
+            let lead = Lead::read(&self.process, found, &records)?;
+            if !(lead.is_unused(found) || lead.is_finished(found)) {
+                return Err(Refusal::Unfinished { name: found.payload.patch.clone() }.into());
             }
         }
         Ok(())
@@ -139,9 +151,10 @@ impl Patcher {
 
     /// Takes away mappings that an apply made and died before it used them: they may be written in part.
     pub(super) fn remove_unused(&mut self, deadline: Instant) -> Result<(), Error> {
-        for found in self.records()? {
-            let mutable = found.mutable;
-            if mutable.state == State::Staged && mutable.unwind == Unwind::None && led(&self.process, &found) == 0 {
+        let records = self.records()?;
+        for found in &records {
+            let lead = Lead::read(&self.process, found, &records)?;
+            if lead.is_unused(found) && found.mutable.unwind == Unwind::None {
                 self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
                 self.maps = self.process.mappings()?;
             }
@@ -149,14 +162,14 @@ impl Patcher {
         Ok(())
     }
 
-    fn finish(&mut self, found: Found, lead: Entries, sequence: u64, options: &Options) -> Result<Outcome, Error> {
-        if led(&self.process, &found) > 0 {
+    fn finish(&mut self, found: Found, lead: Lead, sequence: u64, options: &Options) -> Result<Outcome, Error> {
+        if lead.by_stub > 0 {
             self.straighten(&found, options)?;
             if found.mutable.state == State::Applied {
                 return Ok(Outcome::Applied);
             }
         }
-        match (found.mutable.state, lead) {
+        match (found.mutable.state, lead.to) {
             (State::Staged, Entries::Old) if found.mutable.unwind == Unwind::None => {
                 let deadline = Instant::now() + options.timeout;
                 self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
@@ -188,7 +201,7 @@ impl Patcher {
                 |e: &CodeEdit| self.process.read_vec(e.at, e.expected.len() as u64).is_ok_and(|b| b == e.expected);
             rest.into_iter().filter(there).collect()
         };
-        let place = Place { images: &self.images, maps: &self.maps, patch: &found.payload.patch };
+        let place = Place::new(&self.process, &self.images, &self.maps, &found.payload.patch);
         let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
         place.rewrite(&mut self.process, &edits, applied.windows_and_stubs(), &mut retry)?;
         Ok(())
@@ -200,29 +213,80 @@ impl Patcher {
         Ok(self.process.write_own(at, &encode_mutable(&mutable))?)
     }
 
-    /// Takes back the entries that lead into the patch.
+    /// Takes back the entries that lead into the patch, in one hold.
     fn undo(&mut self, found: Found, options: &Options) -> Result<Outcome, Error> {
-        let (pid, patch) = (self.process.pid(), found.payload.patch.clone());
+        let patch = found.payload.patch.clone();
         let mut applied = Applied::new(found)?;
         applied.keep_written(&self.process);
-        let mut watched = applied.watched();
-        watched.extend(signal_returns(&self.process, &self.images, &self.maps));
-        let watch = WatchList::new(watched);
+        let place = Place::new(&self.process, &self.images, &self.maps, &patch);
         let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
-        loop {
-            let stacks = StackMap::new(&self.process.mappings()?);
-            if retry.wants_tables {
-                retry.load_tables(&self.process, &self.images)?;
-            }
-            let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
-            match applied.revert(&mut self.process, retry.limits(), &mut checker) {
-                Ok(_) => return Ok(Outcome::Reverted),
-                Err(failed) => {
-                    let (back, error) = *failed;
-                    applied = back;
-                    retry.again(error, checker.into_blocked(), &self.process, &self.images, pid, &patch)?;
-                }
-            }
-        }
+        place.revert(&mut self.process, applied, &mut retry)?;
+        Ok(Outcome::Reverted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{ProcAddr, ProcRange};
+    use crate::patch::HexBytes;
+    use crate::process::fake::FakeProcess;
+    use crate::process::Access;
+    use crate::registry::Payload;
+
+    const AT: u64 = 0x1000;
+
+    /// A patch at `region` with entries at `AT` and 16 bytes on, whose jumps are full of `jump`.
+    fn record(region: u64, state: State, jump: u8) -> Found {
+        let entry = |at| EntryRecord {
+            function: "f".into(),
+            at: ProcAddr(at),
+            original: HexBytes(vec![1; 5]),
+            jump: HexBytes(vec![jump; 5]),
+            lead: Some(HexBytes(vec![jump + 1; 5])),
+        };
+        let region = ProcRange::new(ProcAddr(region), 0x1000).unwrap();
+        let payload = Payload {
+            patch: "p".into(),
+            digest: HexBytes(Vec::new()),
+            build_id: HexBytes(Vec::new()),
+            base: region.end,
+            stub: region.end,
+            eh_frame: None,
+            record_bytes: 0,
+            entries: vec![entry(AT), entry(AT + 16)],
+            functions: Vec::new(),
+        };
+        let mutable = Mutable { state, unwind: Unwind::None, sequence: 0, applied_at_s: 0, pause_ns: 0 };
+        Found { region, mutable, payload }
+    }
+
+    fn lead(there: [u8; 2], found: &Found, records: &[Found]) -> Result<(Entries, bool), Refusal> {
+        let mut p = FakeProcess::default();
+        let code = [[there[0]; 16], [there[1]; 16]].concat();
+        p.insert(ProcAddr(AT), code, Access::Execute);
+        Lead::read(&p, found, records).map(|l| (l.to, l.is_finished(found)))
+    }
+
+    #[test]
+    fn entries_tell_what_is_true() {
+        let applied = record(0x9000, State::Applied, 7);
+        let staged = record(0x9000, State::Staged, 7);
+        assert_eq!(lead([7, 7], &applied, &[]), Ok((Entries::New, true)));
+        assert_eq!(lead([7, 8], &applied, &[]), Ok((Entries::New, false)), "a stub leads to the new code");
+        assert_eq!(lead([1, 8], &staged, &[]), Ok((Entries::Old, false)), "and to the old one");
+        assert_eq!(lead([7, 1], &applied, &[]), Ok((Entries::Mixed, false)));
+        assert_eq!(lead([1, 1], &record(0x9000, State::Reverted, 7), &[]), Ok((Entries::Old, true)));
+        assert!(lead([7, 0xcc], &applied, &[]).is_err(), "something else wrote there");
+    }
+
+    #[test]
+    fn a_jump_of_the_patch_that_takes_the_place_is_no_damage() {
+        let below = record(0x9000, State::Applied, 7);
+        let above = record(0xa000, State::Staged, 20);
+        let both = [above.clone(), below.clone()];
+        assert_eq!(lead([20, 7], &below, &both), Ok((Entries::Mixed, false)));
+        assert_eq!(lead([20, 20], &below, &both), Ok((Entries::Old, false)));
+        assert_eq!(lead([20, 7], &above, &both), Ok((Entries::Mixed, false)));
     }
 }

@@ -6,39 +6,47 @@ use crate::maps::Mapping;
 use crate::plan::CodeEdit;
 use crate::process::ptrace::PtraceProcess;
 use crate::process::{HoldTimes, Process};
-use crate::quiesce::{Checker, StackMap};
+use crate::quiesce::{Checker, NotClear, StackMap};
 use crate::stack::{WatchList, Watched};
-use crate::transaction::{rewrite, undone};
+use crate::transaction::{rewrite, undone, Applied, Reverted, TransactionError};
 
 /// How many entries one hold writes: some 2 µs each.
 const AT_ONCE: usize = 32;
 
 /// A process and what is known of it.
 pub(super) struct Place<'a> {
-    pub(super) images: &'a [Image],
-    pub(super) maps: &'a [Mapping],
+    images: &'a [Image],
     /// The patch, for messages.
     pub(super) patch: &'a str,
+    /// Where signal handlers return to: watched in every hold.
+    returns: Vec<Watched>,
 }
 
-impl Place<'_> {
+impl<'a> Place<'a> {
+    pub(super) fn new(process: &PtraceProcess, images: &'a [Image], maps: &[Mapping], patch: &'a str) -> Self {
+        Self { images, patch, returns: signal_returns(process, images, maps) }
+    }
+
+    /// What no thread may be in.
+    pub(super) fn watch(&self, mut watched: Vec<Watched>) -> WatchList {
+        watched.extend(self.returns.iter().cloned());
+        WatchList::new(watched)
+    }
+
     /// Writes all of `edits` while no thread is in `watched`; the longest hold counts.
     pub(super) fn rewrite(
         &self,
         process: &mut PtraceProcess,
         edits: &[CodeEdit],
-        mut watched: Vec<Watched>,
+        watched: Vec<Watched>,
         retry: &mut Retry,
     ) -> Result<HoldTimes, Error> {
         let mut longest = HoldTimes::default();
-        watched.extend(signal_returns(process, self.images, self.maps));
-        let watch = WatchList::new(watched);
+        let watch = self.watch(watched);
         for some in edits.chunks(AT_ONCE) {
             loop {
                 let stacks = StackMap::new(&process.mappings()?);
-                if retry.wants_tables {
-                    retry.load_tables(process, self.images)?;
-                }
+                retry.tables_if_wanted(process, self.images)?;
                 let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
                 match rewrite(process, some, retry.limits(), &mut checker) {
                     Ok(times) => {
@@ -46,13 +54,48 @@ impl Place<'_> {
                         break;
                     }
                     Err(e) => {
-                        let pid = process.pid();
-                        retry.again(e, checker.into_blocked(), process, self.images, pid, self.patch)?;
+                        let blocked = checker.into_blocked();
+                        self.again(retry, process, e, blocked)?;
                     }
                 }
             }
         }
         Ok(longest)
+    }
+
+    /// Reverts as soon as no thread is in the way.
+    pub(super) fn revert(
+        &self,
+        process: &mut PtraceProcess,
+        mut applied: Applied,
+        retry: &mut Retry,
+    ) -> Result<Reverted, Error> {
+        let watch = self.watch(applied.watched());
+        loop {
+            let stacks = StackMap::new(&process.mappings()?);
+            retry.tables_if_wanted(process, self.images)?;
+            let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
+            match applied.revert(process, retry.limits(), &mut checker) {
+                Ok(reverted) => return Ok(reverted),
+                Err(failed) => {
+                    let (back, error) = *failed;
+                    applied = back;
+                    let blocked = checker.into_blocked();
+                    self.again(retry, process, error, blocked)?;
+                }
+            }
+        }
+    }
+
+    /// Decides on another attempt after `error`, and waits for it.
+    pub(super) fn again(
+        &self,
+        retry: &mut Retry,
+        process: &PtraceProcess,
+        error: TransactionError,
+        blocked: Option<NotClear>,
+    ) -> Result<(), Error> {
+        retry.again(error, blocked, process, self.images, process.pid(), self.patch)
     }
 
     /// Puts back those of `edits` that were made; whether that worked.

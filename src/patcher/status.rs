@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::recover::{self, Entries};
+use super::recover::{Entries, Lead};
 use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
 use crate::process::{Pid, Process, ProcessError};
@@ -67,10 +67,11 @@ impl Patcher {
     fn try_status(&self) -> Result<ProcessStatus, Error> {
         let pid = self.process.pid();
         let image = self.executable()?;
-        let patches = self.records()?.into_iter().map(|found| {
-            let lead = recover::entries(&self.process, &found);
-            let unfinished = lead.as_ref().is_ok_and(|lead| !recover::is_finished(&self.process, &found, *lead));
-            let state = match &lead {
+        let records = self.records()?;
+        let patches = records.iter().map(|found| {
+            let lead = Lead::read(&self.process, found, &records);
+            let unfinished = lead.as_ref().is_ok_and(|lead| !lead.is_finished(found));
+            let state = match lead.as_ref().map(|lead| lead.to) {
                 Ok(Entries::New) => State::Applied,
                 Ok(Entries::Old) if unfinished && found.mutable.state == State::Applied => State::Reverted,
                 _ => found.mutable.state,
@@ -78,7 +79,7 @@ impl Patcher {
             let applied = state == State::Applied;
             let payload = found.payload.clone();
             let mutable = found.mutable;
-            let damage = match Applied::new(found) {
+            let damage = match Applied::new(found.clone()) {
                 Ok(a) if applied && !unfinished => a.check_entries(&self.process).err().map(|e| e.to_string()),
                 Ok(_) => lead.err().map(|e| e.to_string()),
                 Err(e) => Some(e.to_string()),

@@ -89,9 +89,11 @@ impl Applied {
         windows(&self.found.payload).chain(stubs(&self.found.payload)).collect()
     }
 
-    /// Leaves out the entries that do not lead into the patch: a command died before it wrote them.
+    /// Leaves out the entries that do not lead into the patch, and gives up the switch stubs: a command died between
+    /// two entries, so that no word tells where they lead. What is left is written back in one hold.
     pub fn keep_written<M: ReadMemory + ?Sized>(&mut self, memory: &M) {
         self.edits.retain(|e| memory.read_vec(e.at, e.expected.len() as u64).is_ok_and(|there| there == e.expected));
+        self.leads.clear();
     }
 
     /// Whether every entry still holds the patch's jump.
