@@ -26,7 +26,7 @@ prog: price.o main.o
 	$(CC) -o "$@" @list
 libprice.so: price.o
 	$(CC) -shared -Wl,-soname,libprice.so.1 -o $@ price.o
-probe:
+probe: price.o main.o
 	echo 'int main(void) { return 0; }' > conftest.c
 	$(CC) -o conftest conftest.c && ./conftest
 	$(CC) -r -o merged.o price.o main.o 2>/dev/null || $(CC) -nostdlib -r -o merged.o price.o main.o
