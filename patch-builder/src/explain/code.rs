@@ -101,7 +101,7 @@ impl Names {
         local: bool,
     ) -> Self {
         let named = |place: usize| {
-            let r = refs.iter().find(|r| r.at == at + place as u32)?;
+            let r = refs.get(refs.binary_search_by_key(&(at + place as u32), |r| r.at).ok()?)?;
             Some(operand(side, ins, r))
         };
         let displacement = offsets.has_displacement().then(|| named(offsets.displacement_offset())).flatten();

@@ -6,7 +6,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic
 
 use crate::build::{DynKind, FuncId};
 use crate::compare::{place, slot, Place};
-use crate::lift::{Access, Target};
+use crate::lift::{Access, Ref, Target};
 use crate::side::Side;
 
 /// What a call leads to.
@@ -61,6 +61,9 @@ struct Block {
     next: Vec<u32>,
     returns: bool,
 }
+
+/// The place that all jumps through the tables of a function share: what follows it is what the tables hold.
+const SWITCH: u32 = u32::MAX;
 
 impl Flow {
     /// Whether it can return without any of these calls.
@@ -169,7 +172,7 @@ pub(super) fn flow(side: &Side<'_>, id: FuncId) -> Flow {
                 open = false;
             }
             FlowControl::IndirectBranch if !tables.is_empty() && !ins.is_ip_rel_memory_operand() => {
-                block.next.extend(&tables);
+                block.next.push(SWITCH);
                 open = false;
             }
             FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => {
@@ -203,6 +206,9 @@ pub(super) fn flow(side: &Side<'_>, id: FuncId) -> Flow {
             }
             _ => known.step(side, id, ins),
         }
+    }
+    if !tables.is_empty() {
+        blocks.insert(SWITCH, Block { next: tables, ..Block::default() });
     }
     flow.loops = loops(&blocks);
     flow.blocks = blocks;
@@ -239,8 +245,7 @@ impl Known {
         }
         let Some(argument) = ARGUMENTS.iter().position(|r| *r == written) else { return };
         self.functions.remove(&argument);
-        let refs = &side.lifted[id as usize].refs;
-        let target = refs.iter().find(|r| u64::from(r.end) == ins.next_ip()).map(|r| (r.target, r.access));
+        let target = reference(side, id, ins).map(|r| (r.target, r.access));
         let function = match target {
             Some((Target::Func(f, 0), Access::Extent | Access::Exact(_))) => Some(f),
             Some((Target::Slot(at), _)) => match slot(side, at) {
@@ -255,9 +260,14 @@ impl Known {
     }
 }
 
-fn callee(side: &Side<'_>, id: FuncId, ins: &Instruction) -> Callee {
+/// What an instruction of a function refers to. They are in the order of the code.
+fn reference<'s>(side: &'s Side<'_>, id: FuncId, ins: &Instruction) -> Option<&'s Ref<'s>> {
     let refs = &side.lifted[id as usize].refs;
-    let Some(r) = refs.iter().find(|r| u64::from(r.end) == ins.next_ip()) else {
+    refs.get(refs.partition_point(|r| u64::from(r.end) < ins.next_ip())).filter(|r| u64::from(r.end) == ins.next_ip())
+}
+
+fn callee(side: &Side<'_>, id: FuncId, ins: &Instruction) -> Callee {
+    let Some(r) = reference(side, id, ins) else {
         return match ins.op0_kind() {
             OpKind::NearBranch64 => Callee::Func(id),
             _ => Callee::Pointer,
@@ -310,13 +320,13 @@ fn loops(blocks: &BTreeMap<u32, Block>) -> Vec<Loop> {
         blocks.values().map(|b| b.next.iter().filter_map(|at| index_of(*at)).collect()).collect();
     let list: Vec<&Block> = blocks.values().collect();
     let mut leads_out: Vec<bool> = list.iter().map(|b| b.returns).collect();
-    loop {
-        let more: Vec<usize> =
-            (0..ids.len()).filter(|i| !leads_out[*i] && next[*i].iter().any(|n| leads_out[*n])).collect();
-        if more.is_empty() {
-            break;
-        }
-        more.into_iter().for_each(|i| leads_out[i] = true);
+    let mut before: Vec<Vec<usize>> = vec![Vec::new(); ids.len()];
+    for (from, to) in next.iter().enumerate().flat_map(|(i, to)| to.iter().map(move |t| (i, *t))) {
+        before[to].push(from);
+    }
+    let mut open: Vec<usize> = (0..ids.len()).filter(|i| leads_out[*i]).collect();
+    while let Some(at) = open.pop() {
+        open.extend(before[at].iter().filter(|from| !std::mem::replace(&mut leads_out[**from], true)));
     }
     let mut out = Vec::new();
     for part in components(&next) {

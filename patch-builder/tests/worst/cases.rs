@@ -157,6 +157,10 @@ fn long(n: usize, new: bool) -> String {
     for i in 0..n {
         let k = if new && i == n / 2 { 77 } else { 31 };
         let _ = writeln!(out, "x = x * {k} + a[{}];", i % 8);
+        // A compiler is slow on blocks without end.
+        if i % 16 == 15 {
+            let _ = writeln!(out, "if (x == {i}) return a[0];");
+        }
     }
     out.push_str("return x; }\n");
     fix(&mut out, false, " + body(n)");
