@@ -63,6 +63,8 @@ pub enum Field {
     TpOff32,
     /// Four bytes, relative to the start of the image's thread-local segment.
     DtpOff32,
+    /// Four bytes, how far that segment's start lies below the thread pointer.
+    TlsSize32,
 }
 
 /// One reference of an instruction.
@@ -129,6 +131,7 @@ fn lift<'d>(build: &Build<'d>, id: FuncId) -> Lifted<'d> {
         end: f.addr + f.size,
         relocs: build.relocs_in(f.addr, f.size),
         pending_tls: Vec::new(),
+        pending_size: None,
         out: Lifted { masked: code.to_vec(), ..Lifted::default() },
     };
     let mut decoder = Decoder::with_ip(64, code, f.addr, DecoderOptions::NONE);
@@ -173,6 +176,8 @@ struct Lifter<'a, 'd> {
     relocs: &'a [Reloc],
     /// Places at which a relaxed general-dynamic access keeps its thread-pointer offset.
     pending_tls: Vec<(u64, u32)>,
+    /// The place at which a relaxed local-dynamic access keeps the size of the segment.
+    pending_size: Option<u64>,
     out: Lifted<'d>,
 }
 
@@ -302,6 +307,11 @@ impl<'a, 'd> Lifter<'a, 'd> {
         if let Some(sym) = pending {
             return self.thread_local(ins, place, sym, value);
         }
+        if self.pending_size == Some(at) {
+            // The relocations of the call that stood here have no meaning any more.
+            *explained = Explained(u64::MAX);
+            return self.segment_size(ins, place, value);
+        }
         let Some(reloc) = index.map(|i| &relocs[i]) else { return };
         // An immediate is the address itself, whatever the size of the place that it is stored in.
         let access =
@@ -326,12 +336,23 @@ impl<'a, 'd> Lifter<'a, 'd> {
     fn leftover(&mut self, ins: &Instruction, reloc: &Reloc) {
         let thread_pointer = is_thread_pointer(ins);
         match reloc.kind {
+            R_TLSLD if thread_pointer && ins.memory_base() == Register::RAX => self.pending_size = Some(reloc.at + 5),
             R_TLSGD if thread_pointer => self.pending_tls.push((reloc.at + 8, reloc.sym)),
             R_TLSLD | R_PLT32 | R_PC32 | R_GOTPCREL | R_GOTPCRELX if thread_pointer => {}
             R_TLSDESC_CALL if matches!(ins.mnemonic(), Mnemonic::Nop | Mnemonic::Xchg) || is_descriptor_call(ins) => {}
             0 => {}
             kind => self.fail(format!("relocation type {kind} at {:#x}, inside `{ins}`", reloc.at)),
         }
+    }
+
+    /// `sub rax, SIZE`, in what mold makes of a local-dynamic access: `xor eax, eax; mov rax, fs:[rax]; sub rax, SIZE`.
+    fn segment_size(&mut self, ins: &Instruction, place: usize, value: i64) {
+        let size = self.build.tls_segment.map(|s| s.aligned_len.cast_signed());
+        if ins.mnemonic() != Mnemonic::Sub || ins.op0_register() != Register::RAX || size != Some(value) {
+            return self.fail(format!("a thread-local access at {:#x} that is not understood", ins.ip()));
+        }
+        let segment = Target::TlsSlots(TlsModel::Module, TlsFound::Segment);
+        self.push(ins, place, Field::TlsSize32, Access::Extent, segment);
     }
 
     fn thread_local(&mut self, ins: &Instruction, place: usize, sym: u32, value: i64) {
@@ -405,12 +426,12 @@ impl<'a, 'd> Lifter<'a, 'd> {
     }
 }
 
-/// `mov rax, fs:0`.
+/// `mov rax, fs:0`, or `mov rax, fs:[rax]`, which is the same where mold wrote it, behind `xor eax, eax`.
 fn is_thread_pointer(ins: &Instruction) -> bool {
     ins.mnemonic() == Mnemonic::Mov
         && ins.memory_segment() == Register::FS
         && ins.memory_displacement64() == 0
-        && ins.memory_base() == Register::None
+        && matches!(ins.memory_base(), Register::None | Register::RAX)
         && ins.op0_register() == Register::RAX
 }
 

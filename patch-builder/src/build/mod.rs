@@ -175,6 +175,7 @@ impl<'d> Build<'d> {
             nameless: symbols.nameless,
             unwind,
         };
+        build.add_thread_local_slots();
         build.check_distances()?;
         build.add_pointer_bounds();
         build.name_resolver_stubs();

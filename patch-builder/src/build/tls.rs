@@ -1,6 +1,6 @@
 //! How the thread-local variables of a library are found: by two slots that the dynamic linker fills.
 
-use super::{Build, DynKind, Object, TlsSym};
+use super::{Build, DynKind, DynRel, Object, TlsSym};
 
 /// How the slots of a thread-local are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,6 +40,25 @@ impl<'d> Build<'d> {
             (_, TlsSym::Own(offset)) => self.tls_at(offset).map(|(id, offset)| TlsFound::Own(id, offset)),
             (_, TlsSym::Import(name, addend)) => Some(TlsFound::Import(name, addend)),
         }
+    }
+
+    /// Slots of thread-locals that the linker filled itself, as mold does in a program: a small negative number in the global
+    /// offset table, where every address has a dynamic relocation, is an offset from the thread pointer.
+    pub(super) fn add_thread_local_slots(&mut self) {
+        let Some(size) = self.tls_segment.map(|s| s.aligned_len).filter(|_| self.pie) else { return };
+        let mut found = Vec::new();
+        for s in self.sections.iter().filter(|s| s.name == ".got") {
+            for (at, word) in (s.addr..).step_by(8).zip(s.data.chunks_exact(8)) {
+                let word = word.try_into().map_or(0, u64::from_le_bytes);
+                let offset = word.wrapping_add(size);
+                if offset < size && !self.dynamic.contains_key(&at) {
+                    found.push((at, DynRel { kind: DynKind::TpOff(offset) }));
+                }
+            }
+        }
+        self.dynamic_at.extend(found.iter().map(|(at, _)| *at));
+        self.dynamic_at.sort_unstable();
+        self.dynamic.extend(found);
     }
 
     fn tls_pair(&self, at: u64) -> Option<TlsSym<'d>> {

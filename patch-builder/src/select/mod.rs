@@ -404,7 +404,7 @@ impl<'d> Selector<'_, 'd> {
         let mut bytes = lifted.masked.clone();
         for r in &lifted.refs {
             let at = u64::from(r.at);
-            if matches!(r.field, Field::TpOff32 | Field::DtpOff32) {
+            if matches!(r.field, Field::TpOff32 | Field::DtpOff32 | Field::TlsSize32) {
                 if let Some(value) = self.bind_tls(r.target, r.field) {
                     bytes[r.at as usize..r.at as usize + 4].copy_from_slice(&value.to_le_bytes());
                 }
@@ -416,7 +416,7 @@ impl<'d> Selector<'_, 'd> {
                 Field::Rel32 => Store::Pc32(-i64::from(r.end - r.at)),
                 Field::Rel8 => Store::Pc8,
                 Field::Abs32 => Store::Abs32,
-                Field::Abs64 | Field::TpOff32 | Field::DtpOff32 => Store::Abs64,
+                Field::Abs64 | Field::TpOff32 | Field::DtpOff32 | Field::TlsSize32 => Store::Abs64,
             };
             if store == Store::Abs32 && new.build.pie {
                 let message = format!("{} holds an address in 32 bits in a position-independent build", self.current);

@@ -134,12 +134,29 @@ impl<'d> Selector<'_, 'd> {
 
     /// The offset, from the thread pointer or in the segment, at which the running process has a thread-local.
     pub(super) fn bind_tls(&mut self, target: Target<'d>, field: Field) -> Option<i32> {
+        if field == Field::TlsSize32 {
+            return self.bind_tls_size();
+        }
         let Target::Tls(id, offset) = target else { return None };
         let old = self.old_tls(id)?;
         let segment = self.old.build.tls_segment?;
         let at = self.old.build.tls[old as usize].addr.wrapping_add_signed(offset).cast_signed();
         let below = if field == Field::TpOff32 { segment.aligned_len.cast_signed() } else { 0 };
         i32::try_from(at - below).ok()
+    }
+
+    fn bind_tls_size(&mut self) -> Option<i32> {
+        let size = self.old.build.tls_segment.and_then(|s| i32::try_from(s.aligned_len).ok());
+        if size.is_none() {
+            let message = format!("{} uses thread-locals, of which the old build has none", self.current);
+            self.refuse(
+                "thread-local",
+                &self.current.clone(),
+                message,
+                "keep the value elsewhere (a static keyed by thread), or restart",
+            );
+        }
+        size
     }
 
     /// The slots of the old image that find the same thread-local.

@@ -200,7 +200,7 @@ impl<'d> Check<'_, 'd> {
                 Field::Abs32 => self.words.short(field),
                 Field::Abs64 => self.words.long(field),
                 Field::Rel8 => self.words.island(field, at + func.size),
-                Field::TpOff32 | Field::DtpOff32 => {
+                Field::TpOff32 | Field::DtpOff32 | Field::TlsSize32 => {
                     let wanted = self.thread_offset(r.target, r.field);
                     if wanted.is_none() || self.words.number(field) != wanted {
                         return Err(different(format!("the thread-local at {}+{:#x}", name(), r.at)));
@@ -224,6 +224,9 @@ impl<'d> Check<'_, 'd> {
     /// The offset, from the thread pointer or in the segment, that a thread-local has in the running process.
     fn thread_offset(&self, target: Target<'d>, field: Field) -> Option<i32> {
         let Meant { old, pairing, .. } = self.meant;
+        if field == Field::TlsSize32 {
+            return i32::try_from(old.build.tls_segment?.aligned_len).ok();
+        }
         let Target::Tls(id, offset) = target else { return None };
         let variable = &old.build.tls[pairing.tls_old(id)? as usize];
         let at = variable.addr.wrapping_add_signed(offset).cast_signed();
