@@ -1,5 +1,6 @@
 //! The symbol table: functions and data with all their names.
 
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use object::read::elf::Sym;
 use object::{elf, LittleEndian as Le};
 use rayon::prelude::*;
@@ -235,7 +236,7 @@ fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mu
         let end = section_of(sections, addr).map_or(addr, |s| s.addr + s.size);
         let next = rest.first().map_or(end, |r| r.value).min(end);
         let unsized_ = size == 0;
-        let size = if unsized_ { next.saturating_sub(addr) } else { size.min(end - addr.min(end)) };
+        let size = if unsized_ { without_zeros(sections, addr, next) } else { size.min(end - addr.min(end)) };
         let id = out.len() as FuncId;
         let ifunc = raws.iter().any(|r| r.kind == IFUNC);
         for r in &raws {
@@ -245,6 +246,33 @@ fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mu
         out.push(Func { addr, size, names, unsized_, ifunc, overlapped: inside });
     }
     out
+}
+
+/// The length of code without a size: up to `next`, but for zeros that the linker put behind its last instruction.
+fn without_zeros(sections: &[Section<'_>], addr: u64, next: u64) -> u64 {
+    let all = next.saturating_sub(addr);
+    let Some(section) = section_of(sections, addr) else { return all };
+    let from = (addr - section.addr) as usize;
+    let Some(code) = section.data.get(from..from + all as usize) else { return all };
+    let text = code.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
+    if text == code.len() {
+        return all;
+    }
+    let mut farthest = 0;
+    for ins in Decoder::with_ip(64, code, 0, DecoderOptions::NONE) {
+        let flow = ins.flow_control();
+        if matches!(flow, FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch)
+            && ins.near_branch_target() < all
+        {
+            farthest = farthest.max(ins.near_branch_target());
+        }
+        let ends = matches!(flow, FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return);
+        if ins.is_invalid() || ends && ins.next_ip() >= text as u64 {
+            // Nothing goes on behind it: what is left are zeros.
+            return if ends && farthest < ins.next_ip() { ins.next_ip() } else { all };
+        }
+    }
+    all
 }
 
 fn grouped<'d>(raws: Vec<Raw<'d>>, rel_syms: &mut [RelSym<'d>], target: fn(u32) -> SymTarget) -> Vec<Object<'d>> {
