@@ -52,17 +52,9 @@ impl<'a> Rows<'a> {
 impl<'d> Comparer<'_, 'd> {
     /// Whether the only bytes in which the two functions differ are line numbers that are moved into registers or memory.
     pub(super) fn line_drift(&mut self, f: FuncId, g: FuncId) -> bool {
-        let (assume, lines) = match self.proof {
-            LineProof::None => return false,
-            LineProof::Assume => (true, None),
-            LineProof::Tables(a, b) => (false, Some((a, b))),
-        };
+        let LineProof::Tables(old_lines, new_lines) = self.proof else { return false };
         let (x, y) = (&self.old.lifted[f as usize].masked, &self.new.lifted[g as usize].masked);
-        let rows = lines.map(|l| Rows::of(self.old, self.new, l, f, g));
-        let moved = |a: u32, b: u32, from: u64, to: u64| match &rows {
-            Some(rows) => rows.moved(a, b, from, to),
-            None => assume && a.abs_diff(b) < 1 << 20,
-        };
+        let rows = Rows::of(self.old, self.new, (old_lines, new_lines), f, g);
         let calls = calls(x);
         let mut seen = Vec::new();
         let mut decoders =
@@ -93,7 +85,7 @@ impl<'d> Comparer<'_, 'd> {
                 let (a, b) = (value(a), value(b));
                 if a != b {
                     let call = calls.get(calls.partition_point(|c| *c < p.ip())).copied().unwrap_or(p.ip());
-                    if !moved(a, b, p.ip(), call) {
+                    if !rows.moved(a, b, p.ip(), call) {
                         return false;
                     }
                     seen.push(Noise { rule: "line-immediate", detail: format!("line {a} is now line {b}") });
@@ -113,7 +105,7 @@ impl<'d> Comparer<'_, 'd> {
         };
         let assume = match self.proof {
             LineProof::None => return false,
-            LineProof::Assume => true,
+            LineProof::Locations => true,
             LineProof::Tables(..) => false,
         };
         let tail_is_zero = |v: &[u8]| v[24..].iter().all(|b| *b == 0) && v.len() < 32;

@@ -30,8 +30,8 @@ pub struct Noise {
 pub enum LineProof<'a> {
     /// Nothing: a different line is a different program.
     None,
-    /// Accept what could be a line: to find the functions for which line tables are worth reading.
-    Assume,
+    /// Accept any line and column of a `core::panic::Location`: to find which function is which, not what is the same.
+    Locations,
     /// The line tables of both builds.
     Tables(&'a Lines, &'a Lines),
 }

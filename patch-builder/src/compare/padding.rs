@@ -21,7 +21,7 @@ struct Step<'l, 'd> {
 impl<'d> Comparer<'_, 'd> {
     /// Whether two functions do the same step by step, and differ in the padding between the steps.
     pub(super) fn padding_drift(&mut self, f: FuncId, g: FuncId) -> bool {
-        if matches!(self.proof, LineProof::None) {
+        if !matches!(self.proof, LineProof::Tables(..)) {
             return false;
         }
         let has_table = |side: &Side<'d>, id| {

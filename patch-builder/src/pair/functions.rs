@@ -193,6 +193,7 @@ impl Family<'_, '_> {
                 None => left.push(f),
             }
         }
+        self.by_code_that_moved(pairing, &mut candidates, &mut left, &mut pairs);
         let free: Vec<FuncId> = news.into_iter().filter(|g| !candidates.taken.contains(g) && free(g)).collect();
         let alone = self.with_file && (all_olds.len(), all_news.len()) == (1, 1);
         match (&left[..], &free[..]) {
@@ -227,6 +228,29 @@ impl Family<'_, '_> {
             _ => {}
         }
         pairs
+    }
+
+    /// Numbered functions that only moved: their code differs in the lines where it may panic.
+    fn by_code_that_moved(
+        &self,
+        pairing: &Pairing,
+        candidates: &mut Candidates,
+        left: &mut Vec<FuncId>,
+        pairs: &mut Vec<(FuncId, FuncId)>,
+    ) {
+        if left.is_empty() || !self.is_numbered() {
+            return;
+        }
+        let mut comparer = Comparer::new(self.old, self.new, pairing, LineProof::Locations);
+        left.retain(|f| {
+            let own = self.first(*f).own;
+            let found = candidates.of(own).into_iter().find(|g| comparer.func_bodies(*f, *g));
+            if let Some(g) = found {
+                candidates.take(g, self.kin.1.of(g)[0].own);
+                pairs.push((*f, g));
+            }
+            found.is_none()
+        });
     }
 }
 
