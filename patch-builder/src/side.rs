@@ -236,6 +236,13 @@ impl<'d> Side<'d> {
         (soft, !proven)
     }
 
+    /// The next place behind `addr` that anything refers to, or that bounds what lies there.
+    pub(crate) fn next_soft(&self, addr: u64) -> u64 {
+        let index = self.soft_bounds.partition_point(|b| *b <= addr);
+        let hard = self.build.next_bound(addr);
+        self.soft_bounds.get(index).copied().unwrap_or(hard).min(hard)
+    }
+
     fn is_padding(&self, from: u64, to: u64) -> bool {
         from == to
             || from < to

@@ -192,15 +192,28 @@ impl<'a, 'd> Comparer<'a, 'd> {
                 self.data(a, b, len)
             }
             _ => {
-                let (end, open) = self.old.compare_end(a);
-                // It may go on behind `end`, where something differs: not the same for certain.
-                let equal = !(open && self.doubtful.is_some_and(|d| d.contains(&end))) && self.data(a, b, None);
+                let equal = self.data(a, b, self.doubted(a));
                 if !equal {
                     self.unequal.push(a);
                 }
                 equal
             }
         }
+    }
+
+    /// How much of the unnamed data at `a` to compare, if it may go on behind its end, where something differs: as far as to
+    /// something that is not in doubt. What is the same up to there is the same wherever it ends.
+    fn doubted(&self, a: u64) -> Option<u64> {
+        let doubtful = self.doubtful?;
+        let (mut end, open) = self.old.compare_end(a);
+        if !open || !doubtful.contains(&end) {
+            return None;
+        }
+        let hard = self.old.build.next_bound(a);
+        while end < hard && doubtful.contains(&end) {
+            end = self.old.next_soft(end).min(hard);
+        }
+        Some(end - a)
     }
 
     /// Whether both are text of one length, and both functions hold that length as a number.
