@@ -28,10 +28,19 @@ pub fn bounds(map: &str) -> Vec<u64> {
             if name.is_some_and(is_data) {
                 out.push(at);
                 out.extend(at.checked_add(len));
+                out.extend(name.into_iter().flat_map(|name| merged(name, at, len)));
             }
         }
     }
     out
+}
+
+/// Where the constants of one width begin that the linker has merged: `.rodata.cst8` and its like hold nothing else.
+fn merged(name: &str, at: u64, len: u64) -> impl Iterator<Item = u64> {
+    let width = name.strip_prefix(".rodata.cst").and_then(|n| n.parse::<u64>().ok());
+    let width = width.filter(|w| matches!(w, 4 | 8 | 16 | 32) && at.is_multiple_of(*w) && len < 1 << 24);
+    let inside = width.map(|w| (1..len / w).filter_map(move |i| at.checked_add(i * w)));
+    inside.into_iter().flatten()
 }
 
 /// `SECTION` of `FILE:(SECTION)`.
@@ -63,6 +72,8 @@ mod tests {
             b688             b688      168     8         libstd.rlib(std.o):(.rela.text.lang_start)\n\
             1000             1000       20    16 .text\n";
         assert_eq!(super::bounds(lld), [0x2004, 0x2017]);
+        let merged = "            2008             2008       18     8         <internal>:(.rodata.cst8)\n";
+        assert_eq!(super::bounds(merged), [0x2008, 0x2020, 0x2010, 0x2018]);
         assert!(super::bounds("no map at all\n\u{0}").is_empty());
     }
 }
