@@ -5,6 +5,7 @@
 //!     ORACLE_SEEDS=1000..1100 cargo test --test oracle -- --nocapture
 
 mod oracle {
+    pub mod driver;
     pub mod mutate;
     pub mod program;
     pub mod render;
@@ -13,26 +14,20 @@ mod oracle {
 }
 mod support;
 
-use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Mutex;
+use std::process::Command;
 
-use oracle::mutate::{mutate, Mutation};
+use oracle::driver::{calls, imports, judge, run_seeds, same, succeeds, Process, Tally};
+use oracle::mutate::mutate;
 use oracle::program::Program;
 use oracle::render::files;
 use oracle::rng::Rng;
-use oracle::truth::{changed, source_name};
+use oracle::truth::changed;
 use serde_json::Value;
-use support::{build_patch, livepatch, run, scratch};
+use support::{build_patch, livepatch, scratch};
 
 /// Seeds that once failed.
 const MENDED: [u64; 1] = [508];
-
-/// Inputs in each phase: old, patched, reverted, patched again.
-const INPUTS: usize = 1500;
 
 /// A compiler and its flags.
 #[derive(Clone, Debug)]
@@ -161,109 +156,6 @@ fn sources(p: &Program, dir: &Path) -> PathBuf {
     src
 }
 
-fn succeeds(command: &mut Command) {
-    let ran = run(command);
-    assert!(ran.code == 0, "{}: exit {}\n{}", ran.line, ran.code, ran.both());
-}
-
-/// A running program.
-struct Process {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Process {
-    fn start(path: &Path) -> Self {
-        let mut child = Command::new(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("a program that was just built");
-        let (input, output) = (child.stdin.take().expect("piped"), BufReader::new(child.stdout.take().expect("piped")));
-        Self { child, input, output }
-    }
-
-    fn ask(&mut self, phase: &str) -> Result<String, String> {
-        let mut out = String::new();
-        std::thread::scope(|s| {
-            let input = &mut self.input;
-            s.spawn(move || input.write_all(phase.as_bytes()).and_then(|()| input.flush()));
-            loop {
-                let mut line = String::new();
-                match self.output.read_line(&mut line) {
-                    Ok(0) | Err(_) => return Err("the program has ended".to_owned()),
-                    Ok(_) if line == ".\n" => return Ok(()),
-                    Ok(_) => out += &line,
-                }
-            }
-        })
-        .map_err(|e| {
-            format!("{e}: {:?}; its last words: {}", self.child.wait(), out.lines().last().unwrap_or("none"))
-        })?;
-        Ok(out)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn phase(functions: usize, rng: &mut Rng) -> String {
-    let mut out = format!("r {}\n", rng.next() >> 1);
-    for i in 0..INPUTS {
-        let f = if i < functions { i } else { rng.below(functions) };
-        let (a, b) = (rng.constant(), rng.constant());
-        out += &format!("c {f} {a} {b}\n");
-    }
-    out + "f\n"
-}
-
-fn same(a: &str, b: &str, p: &Program, what: &str) -> Result<(), String> {
-    for (x, y) in a.lines().zip(b.lines()) {
-        if x != y {
-            let name = x.split(' ').next().and_then(|i| i.parse::<usize>().ok()).map_or("?", |i| &p.functions[i].name);
-            return Err(format!("{what}: {name} (function, argument, result, state) answers {x:?}, not {y:?}"));
-        }
-    }
-    if a.lines().count() == b.lines().count() {
-        Ok(())
-    } else {
-        Err(format!("{what}: answers are missing"))
-    }
-}
-
-#[derive(Default)]
-struct Tally {
-    patched: u64,
-    refused: u64,
-    nothing: u64,
-    functions: u64,
-    extra: u64,
-}
-
-impl Tally {
-    fn add(&mut self, other: &Self) {
-        self.patched += other.patched;
-        self.refused += other.refused;
-        self.nothing += other.nothing;
-        self.functions += other.functions;
-        self.extra += other.extra;
-    }
-}
-
-fn names(report: &Value, status: &str) -> BTreeSet<String> {
-    let all = report["functions"].as_array().map_or(&[][..], Vec::as_slice);
-    let some = all.iter().filter(|f| f["status"] == status).flat_map(|f| {
-        let aliases = f["aliases"].as_array().map_or(&[][..], Vec::as_slice);
-        std::iter::once(&f["name"]).chain(aliases).filter_map(Value::as_str)
-    });
-    some.map(|n| source_name(n).to_owned()).collect()
-}
-
 fn check(seed: u64, tally: &mut Tally) -> Result<(), String> {
     let mut rng = Rng(seed);
     let t = toolchain(&mut rng);
@@ -282,134 +174,52 @@ fn check(seed: u64, tally: &mut Tally) -> Result<(), String> {
         let ((a, units), (b, _)) = (t.objects(&old_program, &dir, "old.o"), t.objects(&new_program, &dir, "new.o"));
         changed(&a, &b, &units)
     });
-    judge(&old, &built, &report, &mutation, &t, truth.as_ref(), tally).map_err(told)?;
-    live(&old, &new, (built.code == 0).then_some(&*fix), &old_program, &mut rng).map_err(told)?;
+    let imports = imports(&old);
+    let fair = |r: &Value| {
+        let rule = r["rule"].as_str().unwrap_or("");
+        mutation.rule == Some(rule)
+            || rule == "entry-window"
+            || !t.pie && matches!(rule, "ambiguous" | "initial-value")
+            // docs/limits.md: two tables that stand in another order
+            || rule == "ambiguous" && r["message"].as_str().is_some_and(|m| m.contains("is the end of"))
+            || t.folding && rule == "icf"
+            || rule == "import" && !imports.contains(r["symbol"].as_str().unwrap_or(""))
+    };
+    judge(&new, &built, &report, truth.as_ref(), &fair, tally).map_err(told)?;
+    live(&old, &new, (built.code == 0).then_some(&*fix), &old_program, &mut rng, tally).map_err(told)?;
     std::fs::remove_dir_all(&dir).map_err(|e| e.to_string())
 }
 
-type Names = BTreeSet<String>;
-
-/// Whether the report is right about which functions changed, or the refusal has a true reason.
-fn judge(
+/// Old answers, new answers under the patch, old answers after revert, new answers again.
+fn live(
     old: &Path,
-    built: &support::Ran,
-    report: &Value,
-    m: &Mutation,
-    t: &Toolchain,
-    truth: Option<&(Names, Names)>,
+    new: &Path,
+    fix: Option<&Path>,
+    p: &Program,
+    rng: &mut Rng,
     tally: &mut Tally,
 ) -> Result<(), String> {
-    let empty = (Names::new(), Names::new());
-    let (changed, _) = truth.unwrap_or(&empty);
-    match built.code {
-        0 => {}
-        1 => {
-            tally.nothing += 1;
-            return if changed.is_empty() {
-                Ok(())
-            } else {
-                Err(format!("nothing differs, it says, but {changed:?} do"))
-            };
-        }
-        3 => {
-            tally.refused += 1;
-            let refusals = report["refusals"].as_array().map_or(&[][..], Vec::as_slice);
-            let imports = imports(old);
-            let fair = |r: &Value| {
-                let rule = r["rule"].as_str().unwrap_or("");
-                m.rule == Some(rule)
-                    || rule == "entry-window"
-                    || !t.pie && matches!(rule, "ambiguous" | "initial-value")
-                    // docs/limits.md: two tables that stand in another order
-                    || rule == "ambiguous" && r["message"].as_str().is_some_and(|m| m.contains("is the end of"))
-                    || t.folding && rule == "icf"
-                    || rule == "import" && !imports.contains(r["symbol"].as_str().unwrap_or(""))
-            };
-            let unfair: Vec<String> =
-                refusals.iter().filter(|r| !fair(r)).map(|r| format!("\n  {} {}", r["rule"], r["message"])).collect();
-            return if unfair.is_empty() { Ok(()) } else { Err(format!("refused without need:{}", unfair.concat())) };
-        }
-        code => return Err(format!("exit {code}: {}", built.stderr)),
-    }
-    tally.patched += 1;
-    let told = names(report, "changed");
-    tally.functions += told.len() as u64;
-    if truth.is_some() {
-        let missing: Vec<&String> = changed.difference(&told).collect();
-        let all: Names = names(report, "new").union(&told).cloned().collect();
-        let missing: Vec<&&String> = missing.iter().filter(|n| !all.contains(**n)).collect();
-        let extra: Vec<&String> = told.difference(changed).collect();
-        tally.extra += extra.len() as u64;
-        // A function that is nowhere but in its callers is in no linked build.
-        let gone = |n: &str| report["functions"].as_array().is_some_and(|_| !built.stdout.contains(n));
-        let missing: Vec<&&&String> = missing.iter().filter(|n| !gone(n)).collect();
-        if !missing.is_empty() || !extra.is_empty() {
-            return Err(format!(
-                "missing {missing:?}, superfluous {extra:?}, of {changed:?}; reasons: {}",
-                reasons(report)
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// What a linked build has from libraries.
-fn imports(path: &Path) -> BTreeSet<String> {
-    use object::{Object, ObjectSymbol};
-    let bytes = std::fs::read(path).expect("a program that was just built");
-    let file = object::File::parse(&*bytes).expect("a program that was just built");
-    file.dynamic_symbols().filter(|s| s.is_undefined()).filter_map(|s| s.name().ok().map(str::to_owned)).collect()
-}
-
-fn reasons(report: &Value) -> String {
-    let all = report["functions"].as_array().map_or(&[][..], Vec::as_slice);
-    all.iter().map(|f| format!("\n  {} {}: {}", f["status"], f["name"], f["reason"])).collect()
-}
-
-/// Old answers, new answers under the patch, old answers after revert, new answers again.
-fn live(old: &Path, new: &Path, fix: Option<&Path>, p: &Program, rng: &mut Rng) -> Result<(), String> {
     let (mut before, mut after, mut patched) = (Process::start(old), Process::start(new), Process::start(old));
-    let functions = p.functions.len();
-    let pid = patched.child.id().to_string();
-    let first = phase(functions, rng);
-    same(&patched.ask(&first)?, &before.ask(&first)?, p, "unpatched")?;
+    let names: Vec<&str> = p.functions.iter().map(|f| f.name.as_str()).collect();
+    let pid = patched.pid();
+    let mut phase = || format!("r {}\n", rng.next() >> 1) + &calls(names.len(), rng) + "f\n";
+    let first = phase();
+    let answers = patched.ask(&first)?;
+    same(&answers, &before.ask(&first)?, &names, "unpatched")?;
+    tally.visible += u64::from(answers != Process::start(new).ask(&first)?);
     let Some(fix) = fix.and_then(Path::to_str) else { return Ok(()) };
     for step in ["apply", "revert", "apply", "revert"] {
         let reference = if step == "apply" { &mut after } else { &mut before };
         let args = if step == "apply" { vec!["apply", &pid, fix] } else { vec!["revert", &pid] };
         livepatch(&args).expect_no_crash()?.expect_code(0)?;
-        let asked = phase(functions, rng);
+        let asked = phase();
         let answer = patched.ask(&asked).map_err(|e| format!("after {step}: {e}"))?;
-        same(&answer, &reference.ask(&asked)?, p, &format!("after {step}"))?;
+        same(&answer, &reference.ask(&asked)?, &names, &format!("after {step}"))?;
     }
     Ok(())
 }
 
 #[test]
 fn patched_processes_answer_like_the_new_build() {
-    let asked = std::env::var("ORACLE_SEEDS").ok();
-    let (from, to) = asked.as_deref().unwrap_or("1..13").split_once("..").expect("ORACLE_SEEDS=FROM..TO");
-    let [from, to]: [u64; 2] = [from, to].map(|n| n.parse().expect("a seed"));
-    let mended: &[u64] = if asked.is_none() { &MENDED } else { &[] };
-    let seeds: Vec<u64> = (from..to).chain(mended.iter().copied()).collect();
-    let (next, all, failures) = (AtomicUsize::new(0), Mutex::new(Tally::default()), Mutex::new(Vec::new()));
-    std::thread::scope(|s| {
-        for _ in 0..2 {
-            s.spawn(|| loop {
-                let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)).copied() else { return };
-                let mut tally = Tally::default();
-                if let Err(e) = check(seed, &mut tally) {
-                    println!("seed {seed}: {e}");
-                    failures.lock().expect("no check panics").push(format!("seed {seed}: {e}"));
-                }
-                all.lock().expect("no check panics").add(&tally);
-            });
-        }
-    });
-    let (t, failures) = (all.into_inner().expect("no check panics"), failures.into_inner().expect("no check panics"));
-    println!(
-        "seeds {from} to {}: {} patched and live ({} functions, {} superfluous), {} refused, {} without difference; {} failed",
-        to - 1, t.patched, t.functions, t.extra, t.refused, t.nothing, failures.len()
-    );
-    assert!(t.patched > 0 && failures.is_empty(), "{} failed\n{}", failures.len(), failures.join("\n\n"));
+    run_seeds(&MENDED, check);
 }

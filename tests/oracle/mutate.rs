@@ -1,15 +1,8 @@
 //! One change to a random program, as a person would make one.
 
+use super::driver::Mutation;
 use super::program::{text, Content, Expr, Function, Kind, Program, Scope, Static, Stmt, Table};
 use super::rng::Rng;
-
-/// What was changed.
-#[derive(Clone, Debug)]
-pub struct Mutation {
-    pub what: String,
-    /// The running process can't have it: a refusal by this rule is the right answer (and so is a patch, if the compiler made nothing of it).
-    pub rule: Option<&'static str>,
-}
 
 /// Everything of a function that can be changed in place.
 enum Place<'a> {
