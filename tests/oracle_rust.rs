@@ -168,6 +168,8 @@ fn check(seed: u64, tally: &mut Tally) -> Result<(), String> {
             || rule == "entry-window"
             // docs/limits.md: the end of a table, or what stands behind it
             || rule == "ambiguous" && says("is the end of")
+            // and, without a map, a function of std that seems to use a changed constant
+            || rule == "no-types" && !t.map && !says("oracle::") && !says("base::")
             // and closures that have no function of their own, by the number of which a type goes
             || rule == "layout" && says("{closure_env#")
             // and a thread-local that is newly reached, linked by mold

@@ -117,6 +117,10 @@ fn target<'d>(file: &File<'d>, symbol: &impl ObjectSymbol<'d>, addend: i64, dept
     let section_name = section.name().unwrap_or("").to_owned();
     let constant = matches!(section.kind(), SectionKind::ReadOnlyData | SectionKind::ReadOnlyString)
         || section_name.starts_with(".data.rel.ro");
+    // Of functions of Rust with equal code, which LLVM merges, any may stand in the table of a trait object.
+    if depth > 0 && [".text._R", ".text._ZN"].iter().any(|p| section_name.starts_with(p)) {
+        return "a function".into();
+    }
     if !constant {
         let section_name = section_name.strip_prefix(".text.").map_or(section_name.clone(), source_name);
         let plain = trimmed(name);
@@ -146,7 +150,10 @@ fn target<'d>(file: &File<'d>, symbol: &impl ObjectSymbol<'d>, addend: i64, dept
         return format!("{:?}", String::from_utf8_lossy(rest.split(|b| *b == 0).next().unwrap_or(rest)));
     }
     if let Some((_, width)) = section_name.rsplit_once(".cst") {
-        let end = at.saturating_add(width.parse().unwrap_or(16)).min(section.size());
+        let width = width.parse().unwrap_or(16);
+        // An immediate behind the field makes the place seem to lie before the constant.
+        let at = at.checked_next_multiple_of(width).unwrap_or(0);
+        let end = at.saturating_add(width).min(section.size());
         return describe(file, &section, at.min(end), end, depth + 1);
     }
     format!("({:+} in {})", at, describe(file, &section, 0, section.size(), depth + 1))
