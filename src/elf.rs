@@ -103,6 +103,14 @@ impl Head {
     }
 }
 
+/// A section of a file, by its name: where it was linked, and its length.
+#[must_use]
+pub fn section(file: &[u8], name: &str) -> Option<(ImageAddr, u64)> {
+    let elf = Elf::parse(file).ok()?;
+    let is = |s: &&goblin::elf::SectionHeader| elf.shdr_strtab.get_at(s.sh_name) == Some(name);
+    elf.section_headers.iter().find(is).map(|s| (ImageAddr(s.sh_addr), s.sh_size))
+}
+
 /// The GNU build-id in the bytes of a note segment.
 #[must_use]
 pub fn build_id(notes: &[u8]) -> Option<Vec<u8>> {

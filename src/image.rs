@@ -20,6 +20,8 @@ pub struct Image {
     pub build_id: Option<Vec<u8>>,
     /// What /proc/PID/maps calls it; for people.
     pub name: String,
+    /// Its `.eh_frame`, where no program header tells of an index to it and its file was at hand: some static programs.
+    pub eh_frame: Option<(ImageAddr, u64)>,
 }
 
 /// Every image that begins in one of `maps`. What cannot be read or is no ELF image is left out.
@@ -55,13 +57,13 @@ impl Image {
         if head.segments.is_empty() {
             // Another class or machine: known to be there, nothing more.
             let (range, name) = (mapping.range, mapping.name.clone());
-            return Some(Self { bias: LoadBias(0), range, head, build_id: None, name });
+            return Some(Self { bias: LoadBias(0), range, head, build_id: None, name, eh_frame: None });
         }
         let (first, last) = head.extent()?;
         let page = ImageAddr(first.0 & !(crate::maps::PAGE - 1));
         let bias = LoadBias::between(page, mapping.range.start);
         let range = ProcRange::new(mapping.range.start, last.offset_from(page)?)?;
-        let mut image = Self { bias, range, head, build_id: None, name: mapping.name.clone() };
+        let mut image = Self { bias, range, head, build_id: None, name: mapping.name.clone(), eh_frame: None };
         let notes: Vec<_> = image.head.of_kind(elf::PT_NOTE).copied().collect();
         image.build_id = notes.iter().find_map(|s| {
             let at = image.to_process(s.at, s.len_bytes)?;
@@ -84,10 +86,11 @@ impl Image {
         self.head.of_kind(elf::PT_INTERP).next().is_some()
     }
 
-    /// The file's name without its folder.
+    /// The file's name without its folder, and without the kernel's word that it is deleted.
     #[must_use]
     pub fn short_name(&self) -> &str {
-        self.name.rsplit('/').next().unwrap_or(&self.name)
+        let name = self.name.strip_suffix(" (deleted)").unwrap_or(&self.name);
+        name.rsplit('/').next().unwrap_or(name)
     }
 
     /// Its build-id in hex, or `none`.

@@ -27,8 +27,10 @@ pub enum Target<'d> {
     Tls(u32, i64),
     /// What is found through two slots, as the code of libraries finds thread-locals.
     TlsSlots(TlsModel, TlsFound<'d>),
-    /// The start of a section without content, by the section's name.
+    /// The start of a section without content, by the section's name; or a weak symbol that nobody defines.
     Empty(&'d str),
+    /// A slot that holds this number, which is no address.
+    Number(u64),
     /// Data without a name.
     Data(u64),
     /// An address that belongs to nothing known.
@@ -313,6 +315,16 @@ impl<'a, 'd> Lifter<'a, 'd> {
             return self.segment_size(ins, place, value);
         }
         let Some(reloc) = index.map(|i| &relocs[i]) else { return };
+        let symbol = self.build.rel_sym(reloc);
+        match symbol.target {
+            // A number that the linker put in, the same wherever the code lies.
+            SymTarget::Absolute if number(symbol.value, reloc) == value.cast_unsigned() => return,
+            // A weak thread-local that nobody defines: whoever would use it asks first whether it is there.
+            SymTarget::Undefined if matches!(reloc.kind, R_TPOFF32 | R_GOTTPOFF) && width == 4 => {
+                return self.push(ins, place, Field::TpOff32, Access::Extent, Target::Empty(symbol.name));
+            }
+            _ => {}
+        }
         // An immediate is the address itself, whatever the size of the place that it is stored in.
         let access =
             if displacement && ins.memory_index() != Register::None { Access::Indexed } else { Access::Extent };
@@ -417,12 +429,34 @@ impl<'a, 'd> Lifter<'a, 'd> {
             ) {
                 self.fail(format!("relocation type {} at {:#x}", r.kind, r.at));
             }
+            if let Some(number) = self.number_in(to, r) {
+                return number;
+            }
         }
         self.resolve(to, reloc)
     }
 
+    /// The number in a slot that belongs to a symbol which is one.
+    fn number_in(&self, slot: u64, reloc: &Reloc) -> Option<Target<'d>> {
+        let symbol = self.build.rel_sym(reloc);
+        let by_slot = matches!(reloc.kind, R_GOTPCREL | R_GOTPCRELX | R_REX_GOTPCRELX);
+        let held = self.build.bytes(slot, 8)?.first_chunk().map(|b| u64::from_le_bytes(*b))?;
+        let plain = symbol.target == SymTarget::Absolute && !self.build.dynamic.contains_key(&slot);
+        (by_slot && plain && held == symbol.value).then_some(Target::Number(held))
+    }
+
     fn resolve(&self, to: u64, reloc: Option<&Reloc>) -> Target<'d> {
         resolve(self.build, to, reloc)
+    }
+}
+
+/// What a relocation of a number puts in. One that was relaxed from a slot has an addend that meant the instruction's end.
+fn number(value: u64, reloc: &Reloc) -> u64 {
+    let relaxed = matches!(reloc.kind, R_GOTPCREL | R_GOTPCRELX | R_REX_GOTPCRELX);
+    if relaxed {
+        value
+    } else {
+        value.wrapping_add_signed(reloc.addend)
     }
 }
 

@@ -5,11 +5,11 @@ mod family;
 mod functions;
 mod variables;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use crate::build::{FuncId, Name, TlsFound};
+use crate::build::{FuncId, Name, ObjId, TlsFound};
 use crate::compare::{Comparer, LineProof};
-use crate::lift::Target;
+use crate::lift::{resolve, Target};
 use crate::pairing::Pairing;
 use crate::side::Side;
 use family::{Kins, Names};
@@ -48,6 +48,7 @@ pub fn pair<'d>(old: &Side<'d>, new: &Side<'d>) -> Pairing {
         }
     }
     unnamed_data(old, new, &mut pairing);
+    pointed_data(old, new, &mut pairing);
     (pairing.tls, pairing.tls_back) = tls.pair(&pairing);
     (pairing.objects, pairing.objects_back) = data.pair(&pairing);
     pairing.ambiguous = data.ambiguous(&pairing);
@@ -101,6 +102,65 @@ fn unnamed_data(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
     for (x, y) in pairs {
         pairing.unnamed.insert(x, y);
         pairing.unnamed_back.insert(y, x);
+    }
+}
+
+/// Writable data without a name that a variable points to: the old and the new variable do from the same place in them,
+/// and so on from there. All must be equal in the end, for they may point to each other.
+fn pointed_data(old: &Side<'_>, new: &Side<'_>, pairing: &mut Pairing) {
+    let by_place = |side: &Side<'_>| {
+        let mut all: Vec<(u64, u64)> = side.pointers().iter().map(|p| (p.at, p.to)).collect();
+        all.sort_unstable();
+        all.dedup_by_key(|(at, _)| *at);
+        all
+    };
+    let (olds, news) = (by_place(old), by_place(new));
+    let mut open: Vec<(u64, u64, u64)> = Vec::new();
+    for (id, o) in old.build.objects.iter().enumerate().filter(|(_, o)| o.size > 0 && old.is_mutable(o.addr)) {
+        let Some(p) = pairing.object_pair(id as ObjId).map(|to| new.build.object(to)) else { continue };
+        if o.size == p.size {
+            open.push((o.addr, p.addr, o.size));
+        }
+    }
+    let unnamed =
+        |side: &Side<'_>, to| matches!(resolve(&side.build, to, None), Target::Data(_)) && side.is_mutable(to);
+    let (mut there, mut back): (BTreeMap<u64, u64>, HashMap<u64, u64>) = Default::default();
+    let mut doubtful: HashSet<u64> = HashSet::new();
+    while let Some((a, b, len)) = open.pop() {
+        let from = olds.partition_point(|(at, _)| *at < a);
+        for (at, x) in olds[from..].iter().take_while(|(at, _)| *at < a + len) {
+            let Ok(found) = news.binary_search_by_key(&(b + (at - a)), |(at, _)| *at) else { continue };
+            let (x, y) = (*x, news[found].1);
+            let known = pairing.unnamed.contains_key(&x) || pairing.unnamed_back.contains_key(&y);
+            if known || !unnamed(old, x) || !unnamed(new, y) {
+                continue;
+            }
+            if there.get(&x).is_some_and(|to| *to != y) || back.get(&y).is_some_and(|from| *from != x) {
+                doubtful.insert(x);
+            } else if there.insert(x, y).is_none() {
+                back.insert(y, x);
+                let ends = (old.extent_end(x) - x, new.extent_end(y) - y);
+                if ends.0 == ends.1 {
+                    open.push((x, y, ends.0));
+                }
+            }
+        }
+    }
+    there.retain(|x, _| !doubtful.contains(x));
+    loop {
+        pairing.unnamed.extend(&there);
+        pairing.unnamed_back.extend(there.iter().map(|(x, y)| (*y, *x)));
+        let mut comparer = Comparer::new(old, new, pairing, LineProof::None);
+        let wrong: Vec<(u64, u64)> =
+            there.iter().map(|(x, y)| (*x, *y)).filter(|(x, y)| !comparer.unnamed(*x, *y)).collect();
+        if wrong.is_empty() {
+            break;
+        }
+        for (x, y) in wrong {
+            there.remove(&x);
+            pairing.unnamed.remove(&x);
+            pairing.unnamed_back.remove(&y);
+        }
     }
 }
 

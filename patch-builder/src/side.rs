@@ -164,6 +164,12 @@ impl<'d> Side<'d> {
         }
     }
 
+    /// Every address that data or code holds.
+    #[must_use]
+    pub fn pointers(&self) -> &[Pointer] {
+        &self.pointers
+    }
+
     /// Whether `addr` lies in data that the program may change.
     #[must_use]
     pub fn is_mutable(&self, addr: u64) -> bool {

@@ -78,6 +78,9 @@ pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// `syscall; ret`.
 pub const SYSCALL_RET: [u8; 3] = [0x0f, 0x05, 0xc3];
 
+/// `pop rax; ret`.
+pub const POP_RAX_RET: [u8; 2] = [0x58, 0xc3];
+
 /// `mov rax, 15; syscall` and `mov eax, 15; syscall`: rt_sigreturn, as the C libraries have it.
 pub const SIGRETURN: [&[u8]; 2] = [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
 

@@ -86,9 +86,15 @@ pub struct Scope<'i> {
 }
 
 impl<'i> Scope<'i> {
-    /// Reads the tables of all images. `main` is where the executable is; `order` lists addresses in the images'
-    /// dynamic sections in the order in which they were loaded, as far as the process tells.
-    pub fn read<M: ReadMemory + ?Sized>(memory: &M, images: &'i [Image], main: &Image, order: &[ProcAddr]) -> Self {
+    /// Reads the tables of all images, for what `target` imports. `main` is the executable; `order` lists addresses in the
+    /// images' dynamic sections in the order in which they were loaded, as far as the process tells.
+    pub fn read<M: ReadMemory + ?Sized>(
+        memory: &M,
+        images: &'i [Image],
+        main: &Image,
+        target: &Image,
+        order: &[ProcAddr],
+    ) -> Self {
         let mut left: Vec<Tables<'i>> =
             images.iter().filter(|i| !i.name.starts_with('[')).filter_map(|i| Tables::read(memory, i)).collect();
         let rank = |t: &Tables<'_>| order.iter().position(|at| t.image.range.contains(*at)).unwrap_or(usize::MAX);
@@ -103,14 +109,18 @@ impl<'i> Scope<'i> {
         let first = left.iter().position(|t| searched.first().is_some_and(|m| needs(m, t.soname())));
         let preloaded = first.filter(|_| !order.is_empty()).unwrap_or(0);
         searched.extend(left.drain(..preloaded));
-        // Breadth first: each adds those that it needs and that are not there yet.
+        // Breadth first: each adds those that it needs and that are not there yet. What dlopen loaded looks at itself and at
+        // what it needs after all others.
         let mut next = 0;
-        while next < searched.len() {
-            let names: Vec<String> = searched[next].needed().map(str::to_owned).collect();
-            for name in names {
-                searched.extend(take(&mut left, &|t| t.soname() == name));
+        for _ in 0..2 {
+            while next < searched.len() {
+                let names: Vec<String> = searched[next].needed().map(str::to_owned).collect();
+                for name in names {
+                    searched.extend(take(&mut left, &|t| t.soname() == name));
+                }
+                next += 1;
             }
-            next += 1;
+            searched.extend(take(&mut left, &|t| t.image.range == target.range));
         }
         Self { searched, others: left }
     }
@@ -241,7 +251,7 @@ mod tests {
         let main = images.iter().find(|i| i.has_interpreter() && i.name.contains("livepatch")).expect("this program");
         let order = main.load_order(&Own);
         assert!(order.len() > 2, "{order:?}");
-        let scope = Scope::read(&Own, &images, main, &order);
+        let scope = Scope::read(&Own, &images, main, main, &order);
         imports.iter().map(|i| scope.find(&Own, i)).collect()
     }
 

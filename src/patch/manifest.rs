@@ -1,4 +1,5 @@
-//! The manifest: what a patch replaces and needs, in JSON. Format 2; [`v1`](super::v1) reads the one before.
+//! The manifest: what a patch replaces and needs, in JSON. Format 3; a manifest of format 2 is one without `linked`, and
+//! [`v1`](super::v1) reads the one before.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -89,6 +90,33 @@ pub struct Manifest {
     pub states: Vec<StateVersion>,
     /// The layouts of types that the patch brings: a later patch is held against them.
     pub layouts: Vec<TypeLayout>,
+    /// What the old build has linked into itself; `None` in formats that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked: Option<Linked>,
+}
+
+/// Parts of a run-time library that the old build has linked into itself: no table in the memory of a static program tells of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Linked {
+    /// Its functions that switch a thread to another stack (`swapcontext` and the like).
+    pub stack_switches: Vec<String>,
+    /// `__register_frame` of libgcc.
+    pub register_frame: Option<ImageAddr>,
+    /// Its functions in which a thread waits without a lock of theirs.
+    pub waits: Vec<CodeRange>,
+    /// All code that was compiled without debug information: that of the C library and of the unwinder, above all.
+    pub runtime: Vec<CodeRange>,
+}
+
+/// Code of the old image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CodeRange {
+    /// Its first byte.
+    pub at: ImageAddr,
+    /// Its length in bytes.
+    pub size: u64,
 }
 
 /// Something of a library that the patch needs and the old build does not import.

@@ -7,13 +7,67 @@ mod read;
 mod v1;
 
 pub use manifest::{
-    After, BuildRef, Companion, Entry, Function, HexBytes, Hook, HookKind, Import, ImportKind, Manifest, OldFunction,
-    Redirect, StateVersion, Static, Status, TypeLayout,
+    After, BuildRef, CodeRange, Companion, Entry, Function, HexBytes, Hook, HookKind, Import, ImportKind, Linked,
+    Manifest, OldFunction, Redirect, StateVersion, Static, Status, TypeLayout,
 };
 pub use read::{PatchError, PatchFile, Reloc, RelocKind, RelocTarget, Segment, SegmentKind};
 
 /// The version of the format that this code writes, and the newest that it reads. It reads all from 1 on.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
+
+/// Functions that switch a thread to another stack.
+pub const STACK_SWITCHES: [&str; 8] = [
+    "makecontext",
+    "swapcontext",
+    "setcontext",
+    "jump_fcontext",
+    "ontop_fcontext",
+    "make_fcontext",
+    "co_switch",
+    "swap_fcontext",
+];
+
+/// Functions of the C library in which a thread waits without a lock of the library's own.
+pub const WAITS: [&str; 38] = [
+    "epoll_wait",
+    "epoll_pwait",
+    "epoll_pwait2",
+    "poll",
+    "__poll",
+    "ppoll",
+    "select",
+    "__select",
+    "pselect",
+    "nanosleep",
+    "__nanosleep",
+    "clock_nanosleep",
+    "__clock_nanosleep",
+    "usleep",
+    "sleep",
+    "pause",
+    "sigsuspend",
+    "sigwait",
+    "sigwaitinfo",
+    "sigtimedwait",
+    "__sigtimedwait",
+    "read",
+    "__read",
+    "recv",
+    "__recv",
+    "recvfrom",
+    "recvmsg",
+    "accept",
+    "accept4",
+    "syscall",
+    "pthread_cond_wait",
+    "pthread_cond_timedwait",
+    "pthread_cond_clockwait",
+    "sem_wait",
+    "sem_timedwait",
+    "sem_clockwait",
+    "pthread_join",
+    "waitpid",
+];
 
 /// Owner name of the note that marks a patch.
 pub const NOTE_NAME: &str = "livepatch";

@@ -87,20 +87,22 @@ fn line(process: &PtraceProcess, images: &[Image], names: &mut [Option<FunctionN
     TraceLine { pc, place }
 }
 
-/// The functions of an image: from its file as the process sees it, else from its dynamic symbols in memory.
-fn read_names(process: &PtraceProcess, image: &Image) -> FunctionNames {
+/// The file that an image was mapped from, as the process sees it; `None` if it is not that file any more.
+pub(super) fn file_of(process: &PtraceProcess, image: &Image) -> Option<Vec<u8>> {
     let pid = process.pid();
     let (start, end) = (image.range.start.0, process.mappings().ok());
     let end = end.and_then(|maps| crate::maps::find(&maps, ProcAddr(start)).map(|m| m.range.end.0));
     let by_mapping = end.map(|end| format!("/proc/{pid}/map_files/{start:x}-{end:x}"));
     let by_name = format!("/proc/{pid}/root{}", image.name);
-    let file = by_mapping.into_iter().chain([by_name]).find_map(|path| std::fs::read(path).ok());
-    if let Some(file) = file {
-        let same =
-            crate::elf::Head::parse(file.get(..crate::elf::HEAD_BYTES).unwrap_or(&file)).is_ok_and(|h| h == image.head);
-        if same {
-            return FunctionNames::parse(&file);
-        }
+    let file = by_mapping.into_iter().chain([by_name]).find_map(|path| std::fs::read(path).ok())?;
+    let head = crate::elf::Head::parse(file.get(..crate::elf::HEAD_BYTES).unwrap_or(&file));
+    head.is_ok_and(|h| h == image.head).then_some(file)
+}
+
+/// The functions of an image: from its file, else from its dynamic symbols in memory.
+fn read_names(process: &PtraceProcess, image: &Image) -> FunctionNames {
+    if let Some(file) = file_of(process, image) {
+        return FunctionNames::parse(&file);
     }
     let symbols = image.dynamic_symbols(process as &dyn ReadMemory);
     FunctionNames::from_list(symbols.into_iter().filter_map(|s| Some((s.at?, s.len_bytes, s.name))).collect())

@@ -11,53 +11,12 @@ use crate::elf::FunctionNames;
 use crate::image::Image;
 use crate::maps::{self, Mapping};
 use crate::memory::ReadMemory;
+use crate::patch::{CodeRange, Linked, WAITS};
 use crate::process::{HeldThread, IdleCheck};
 use crate::stack::{Cfi, Frame, Unwinder};
 
 /// Room that the called function must have on the stack.
 const ROOM_BYTES: u64 = 64 << 10;
-
-/// Functions of the C library in which a thread waits without a lock of the library's own.
-const WAITS: [&str; 38] = [
-    "epoll_wait",
-    "epoll_pwait",
-    "epoll_pwait2",
-    "poll",
-    "__poll",
-    "ppoll",
-    "select",
-    "__select",
-    "pselect",
-    "nanosleep",
-    "__nanosleep",
-    "clock_nanosleep",
-    "__clock_nanosleep",
-    "usleep",
-    "sleep",
-    "pause",
-    "sigsuspend",
-    "sigwait",
-    "sigwaitinfo",
-    "sigtimedwait",
-    "__sigtimedwait",
-    "read",
-    "__read",
-    "recv",
-    "__recv",
-    "recvfrom",
-    "recvmsg",
-    "accept",
-    "accept4",
-    "syscall",
-    "pthread_cond_wait",
-    "pthread_cond_timedwait",
-    "pthread_cond_clockwait",
-    "sem_wait",
-    "sem_timedwait",
-    "sem_clockwait",
-    "pthread_join",
-    "waitpid",
-];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -75,10 +34,19 @@ pub(super) struct Idle<'a> {
     names: FunctionNames,
     maps: &'a [Mapping],
     waits: HashMap<&'static str, ()>,
+    /// What a static program has of the C library: where it waits, and all of it.
+    linked: Option<(Vec<ProcRange>, Vec<ProcRange>)>,
 }
 
 impl<'a> Idle<'a> {
-    pub fn new(memory: &dyn ReadMemory, images: &'a [Image], maps: &'a [Mapping], cfi: &'a Cfi) -> Self {
+    /// `linked` tells what a static program, the image, has of the C library.
+    pub fn new(
+        memory: &dyn ReadMemory,
+        images: &'a [Image],
+        maps: &'a [Mapping],
+        cfi: &'a Cfi,
+        linked: Option<(&Image, &Linked)>,
+    ) -> Self {
         let libc = images.iter().find(|i| is_libc(i));
         let symbols = libc.map(|l| l.dynamic_symbols(memory)).unwrap_or_default();
         // Where several names share an address, a known wait goes first.
@@ -92,16 +60,30 @@ impl<'a> Idle<'a> {
         }
         let names = FunctionNames::from_list(named.into_iter().map(|(at, (len, name))| (at, len, name)).collect());
         let images = images.iter().map(|i| (i.range, kind(i))).collect();
-        Self { cfi, images, libc, names, maps, waits }
+        let linked = linked.map(|(image, linked)| {
+            let ranges = |list: &[CodeRange]| {
+                list.iter().filter_map(|c| ProcRange::new(image.to_process(c.at, c.size)?, c.size)).collect()
+            };
+            (ranges(&linked.waits), ranges(&linked.runtime))
+        });
+        Self { cfi, images, libc, names, maps, waits, linked }
     }
 
     fn kind(&self, pc: ProcAddr) -> Kind {
+        if let Some((waits, runtime)) = &self.linked {
+            if waits.iter().chain(runtime).any(|r| r.contains(pc)) {
+                return Kind::Libc;
+            }
+        }
         self.images.iter().find(|(r, _)| r.contains(pc)).map_or(Kind::Other, |(_, k)| *k)
     }
 
     /// Whether a frame of the C library is in one of the functions that merely wait.
     fn waits_at(&self, frame: Frame) -> bool {
         let pc = if frame.exact { Some(frame.pc) } else { frame.pc.checked_sub(1) };
+        if let Some((waits, _)) = &self.linked {
+            return pc.is_some_and(|pc| waits.iter().any(|w| w.contains(pc)));
+        }
         let place = self.libc.zip(pc).and_then(|(l, pc)| self.names.find(l.bias.to_image(pc)?));
         place.is_some_and(|(name, _)| self.waits.contains_key(name))
     }

@@ -2,28 +2,16 @@
 
 use super::{Error, Inspected, Options, Patcher};
 use crate::addr::{ProcAddr, ProcRange};
-use crate::elf::{self, EM_X86_64};
+use crate::elf::EM_X86_64;
 use crate::image::Image;
 use crate::link::{LinkError, Scope};
 use crate::memory::ReadMemory;
-use crate::patch::{HexBytes, PatchFile};
+use crate::patch::{HexBytes, PatchFile, STACK_SWITCHES};
 use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
 use crate::registry::{Found, FunctionRecord, State, Unwind};
 use crate::transaction::{Applied, Planned, Replaced, Target};
-
-/// Functions that switch a thread to another stack.
-const SWITCHES: [&str; 8] = [
-    "makecontext",
-    "swapcontext",
-    "setcontext",
-    "jump_fcontext",
-    "ontop_fcontext",
-    "make_fcontext",
-    "co_switch",
-    "swap_fcontext",
-];
 
 /// Libraries that define such functions or are known not to switch.
 const SYSTEM_LIBRARIES: [&str; 8] =
@@ -35,8 +23,7 @@ fn is_system(image: &Image) -> bool {
 
 impl Patcher {
     pub(super) fn inspect(&self, patch: &PatchFile, options: &Options) -> Result<Inspected, Error> {
-        let image = self.executable()?;
-        self.check_build(image, patch)?;
+        let image = self.target(patch)?;
         self.check_confinement()?;
         let manifest = &patch.manifest;
         if let Some(hook) = manifest.hooks.first() {
@@ -47,29 +34,43 @@ impl Patcher {
         }
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
-        let newest = records.iter().rfind(|r| r.mutable.state == State::Applied);
+        let own = &manifest.target.build_id;
+        let newest = records.iter().rfind(|r| r.mutable.state == State::Applied && r.payload.build_id == *own);
         if newest.is_some_and(|n| n.payload.digest.0 == patch.digest) {
-            return Ok(Inspected { planned: None, already: true, register_frame: None, sequence });
+            return Ok(Inspected {
+                planned: None,
+                already: true,
+                register_frame: None,
+                static_program: None,
+                sequence,
+            });
         }
         let replaced = self.replaced(patch, &records)?;
         if !options.allow_contexts {
-            self.check_contexts()?;
+            self.check_contexts(image, patch)?;
         }
         let facts = self.check_code(image, patch, replaced.as_ref())?;
         let previous = replaced.as_ref().map(|r| r.found.payload.base);
         let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous };
-        let register_frame = self.find_register_frame();
+        let static_program = self.is_static(image)?.then(|| image.clone());
+        let register_frame = match (&static_program, &manifest.linked) {
+            (Some(image), Some(linked)) => linked.register_frame.and_then(|at| image.to_process(at, 1)),
+            _ => self.find_register_frame(image),
+        };
         if manifest.may_unwind && register_frame.is_none() {
             return Err(Refusal::NoUnwinder.into());
         }
-        // One whose tables may be registered or not is left alone for good.
-        let known = |r: &&Found| r.payload.digest.0 == patch.digest && r.mutable.unwind != Unwind::Registering;
+        // One whose tables may be registered or not is left alone for good, as is one of a library that was loaded elsewhere then.
+        let known = |r: &&Found| {
+            let usable = r.mutable.unwind != Unwind::Registering && self.is_loaded(r);
+            r.payload.digest.0 == patch.digest && usable
+        };
         let earlier = records.iter().find(known);
         let planned = match earlier {
             Some(found) => Planned::again(patch, &links, found, &facts, replaced)?,
             None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &facts, replaced)?,
         };
-        Ok(Inspected { planned: Some(planned), already: false, register_frame, sequence })
+        Ok(Inspected { planned: Some(planned), already: false, register_frame, static_program, sequence })
     }
 
     /// The main executable: the image that holds the program headers which the kernel told the process.
@@ -91,29 +92,47 @@ impl Patcher {
         Ok(image)
     }
 
-    fn check_build(&self, image: &Image, patch: &PatchFile) -> Result<(), Error> {
-        let wanted = &patch.manifest.target.build_id.0;
-        let name = || image.name.clone();
-        let Some(running) = &image.build_id else { return Err(Refusal::NoBuildId { image: name() }.into()) };
-        if running != wanted {
-            if running == &patch.manifest.new.build_id.0 {
-                return Err(Refusal::Swapped { running: image.build_id_hex() }.into());
-            }
-            if let Some(library) = self.images.iter().find(|i| i.build_id.as_ref() == Some(wanted)) {
-                return Err(Refusal::SharedLibrary { image: library.name.clone() }.into());
-            }
-            let (running, wanted) = (image.build_id_hex(), patch.manifest.target.build_id.to_string());
-            let file = patch.manifest.target.file.clone();
-            return Err(Refusal::OtherBuild { running, image: name(), wanted, file }.into());
+    /// The image that the patch was built for: the executable, or a library that it has loaded.
+    fn target(&self, patch: &PatchFile) -> Result<&Image, Error> {
+        let main = self.executable()?;
+        let (old, new) = (&patch.manifest.target, &patch.manifest.new);
+        let is = |i: &Image, wanted: &HexBytes| i.build_id.as_ref() == Some(&wanted.0);
+        let found: Vec<&Image> = self.images.iter().filter(|i| is(i, &old.build_id)).collect();
+        match found[..] {
+            [image] => return Ok(image),
+            [image, ..] => return Err(Refusal::MappedTwice { image: image.name.clone(), count: found.len() }.into()),
+            [] => {}
         }
-        let count = self.images.iter().filter(|i| i.build_id.as_ref() == Some(wanted)).count();
-        if count > 1 {
-            return Err(Refusal::MappedTwice { image: name(), count }.into());
+        if let Some(running) = self.images.iter().find(|i| is(i, &new.build_id)) {
+            return Err(Refusal::Swapped { running: running.build_id_hex() }.into());
         }
-        if !image.has_interpreter() || image.head.of_kind(elf::PT_DYNAMIC).next().is_none() {
-            return Err(Refusal::Static { image: name() }.into());
+        // Which image it was meant for, only its name tells.
+        let (wanted, file) = (old.build_id.to_string(), old.file.clone());
+        let library = file.ends_with(".so") || file.contains(".so.");
+        let meant = self.images.iter().find(|i| i.short_name() == file);
+        let image = match meant {
+            None if library => return Err(Refusal::NotLoaded { wanted, file }.into()),
+            meant => meant.unwrap_or(main),
+        };
+        if image.build_id.is_none() {
+            return Err(Refusal::NoBuildId { image: image.name.clone() }.into());
         }
-        Ok(())
+        Err(Refusal::OtherBuild { running: image.build_id_hex(), image: image.name.clone(), wanted, file }.into())
+    }
+
+    /// Whether the image that a patch was applied to is still where it was: a library may have been unloaded.
+    pub(super) fn is_loaded(&self, found: &Found) -> bool {
+        let holds = |image: &Image| {
+            let mut bodies = found.payload.functions.iter().filter_map(|f| f.old.as_ref());
+            image.build_id.as_ref() == Some(&found.payload.build_id.0)
+                && bodies.all(|b| image.range.contains(b.body.start))
+        };
+        self.images.iter().any(holds)
+    }
+
+    /// Whether an image is a program that nothing was linked to at run time.
+    fn is_static(&self, image: &Image) -> Result<bool, Error> {
+        Ok(!image.has_interpreter() && image.range == self.executable()?.range)
     }
 
     fn check_confinement(&self) -> Result<(), Error> {
@@ -132,10 +151,21 @@ impl Patcher {
         Ok(())
     }
 
-    fn check_contexts(&self) -> Result<(), Error> {
+    fn check_contexts(&self, target: &Image, patch: &PatchFile) -> Result<(), Error> {
+        if self.is_static(target)? {
+            // It has no table that would tell.
+            let image = target.short_name().to_owned();
+            let Some(linked) = &patch.manifest.linked else {
+                let symbol = "what its build does not tell (a patch of an older format)".into();
+                return Err(Refusal::Contexts { image, symbol }.into());
+            };
+            if let Some(symbol) = linked.stack_switches.first().cloned() {
+                return Err(Refusal::Contexts { image, symbol }.into());
+            }
+        }
         for image in self.images.iter().filter(|i| !is_system(i)) {
             let symbols = image.dynamic_symbols(&self.process);
-            if let Some(s) = symbols.into_iter().find(|s| SWITCHES.contains(&s.name.as_str())) {
+            if let Some(s) = symbols.into_iter().find(|s| STACK_SWITCHES.contains(&s.name.as_str())) {
                 return Err(Refusal::Contexts { image: image.short_name().to_owned(), symbol: s.name }.into());
             }
         }
@@ -144,7 +174,8 @@ impl Patcher {
 
     /// The applied patch whose place this one takes: exactly the one that it was built after, and no other.
     fn replaced(&self, patch: &PatchFile, records: &[Found]) -> Result<Option<Replaced>, Error> {
-        let applied: Vec<&Found> = records.iter().filter(|r| r.mutable.state == State::Applied).collect();
+        let own = |r: &&Found| r.payload.build_id == patch.manifest.target.build_id && self.is_loaded(r);
+        let applied: Vec<&Found> = records.iter().filter(|r| r.mutable.state == State::Applied).filter(own).collect();
         let newest = applied.last();
         let Some(after) = &patch.manifest.after else {
             return match newest {
@@ -189,7 +220,8 @@ impl Patcher {
         if imports.is_empty() {
             return Ok(Vec::new());
         }
-        let scope = Scope::read(&self.process, &self.images, image, &image.load_order(&self.process));
+        let main = self.executable()?;
+        let scope = Scope::read(&self.process, &self.images, main, image, &main.load_order(&self.process));
         let find = |i| scope.find(&self.process, i);
         let found: Result<_, LinkError> = imports.iter().map(find).collect();
         Ok(found.map_err(|e| Refusal::Import { what: e.to_string(), remedy: e.remedy().into() })?)
@@ -244,12 +276,13 @@ impl Patcher {
         Ok(facts)
     }
 
-    /// Where `__register_frame` of libgcc is: in its library, or linked into the executable and exported.
-    fn find_register_frame(&self) -> Option<ProcAddr> {
+    /// Where `__register_frame` of libgcc is: in its library, or linked into the executable or the target and exported.
+    fn find_register_frame(&self, target: &Image) -> Option<ProcAddr> {
         let mut images: Vec<&Image> = self.images.iter().collect();
         images.sort_by_key(|i| !i.short_name().starts_with("libgcc_s"));
         let main = self.executable().ok().map(|i| i.range.start);
-        images.retain(|i| i.short_name().starts_with("libgcc_s") || Some(i.range.start) == main);
+        let own = |i: &Image| Some(i.range.start) == main || i.range.start == target.range.start;
+        images.retain(|i| i.short_name().starts_with("libgcc_s") || own(i));
         images.into_iter().find_map(|image| {
             let symbols = image.dynamic_symbols(&self.process);
             let at = symbols.iter().find(|s| s.name == "__register_frame")?.at?;

@@ -32,6 +32,9 @@ pub use error::{Error, NotQuiescent, TraceLine};
 pub use recover::{Outcome, Recovered};
 pub use status::{patched_processes, PatchStatus, ProcessStatus};
 
+/// How long an apply looks for a thread that registers unwind tables which nothing depends on.
+const MOMENT: Duration = Duration::from_millis(300);
+
 /// How to apply and revert.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -115,7 +118,13 @@ impl Patcher {
         }?;
         let maps = process.mappings();
         let maps = unless_ended(pid, |_| process.has_ended(), maps.map_err(Error::from))?;
-        let images = crate::image::find_images(&process, &maps);
+        let mut images = crate::image::find_images(&process, &maps);
+        // Without that, a hit on a stack could not be followed, and nothing could be applied.
+        let silent =
+            |i: &Image| i.name.starts_with('/') && i.head.of_kind(crate::elf::PT_GNU_EH_FRAME).next().is_none();
+        for i in images.iter_mut().filter(|i| silent(i)) {
+            i.eh_frame = blame::file_of(&process, i).and_then(|file| crate::elf::section(&file, ".eh_frame"));
+        }
         Ok(Self { process, maps, images })
     }
 
@@ -175,8 +184,22 @@ impl Patcher {
             match register_frame {
                 Some(function) => {
                     let cfi = Cfi::load(staged.process(), &self.images);
-                    let mut idle = idle::Idle::new(staged.process(), &self.images, &self.maps, &cfi);
-                    staged.register(function, &mut idle, deadline)?;
+                    let linked = inspected.static_program.as_ref().zip(patch.manifest.linked.as_ref());
+                    let mut idle = idle::Idle::new(staged.process(), &self.images, &self.maps, &cfi, linked);
+                    // Where nothing can unwind, a backtrace that ends early is no reason to refuse.
+                    let until =
+                        if patch.manifest.may_unwind { deadline } else { deadline.min(Instant::now() + MOMENT) };
+                    match staged.register(function, &mut idle, until) {
+                        Err(TransactionError::Process(ProcessError::NoIdleThread { .. }))
+                            if !patch.manifest.may_unwind =>
+                        {
+                            report.warnings.push(
+                                "unwind tables not registered: no thread could be borrowed for it; a backtrace ends at the patch"
+                                    .into(),
+                            );
+                        }
+                        done => done?,
+                    }
                 }
                 None => report.warnings.push(
                     "unwind tables not registered: the process has no __register_frame; a backtrace ends at the patch"
@@ -464,6 +487,8 @@ struct Inspected {
     already: bool,
     /// Where `__register_frame` is.
     register_frame: Option<crate::addr::ProcAddr>,
+    /// The image, if it is a static program.
+    static_program: Option<Image>,
     /// For the next apply.
     sequence: u64,
 }
@@ -471,8 +496,11 @@ struct Inspected {
 /// Where signal handlers return to: `mov rax, 15; syscall` in the C library, which hands the kernel this address
 /// with each handler (sigaction(2), sa_restorer).
 fn signal_returns<M: ReadMemory + ?Sized>(memory: &M, images: &[Image], maps: &[Mapping]) -> Vec<Watched> {
-    let is_libc =
-        |i: &&Image| ["libc.", "libc-", "ld-musl", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
+    // A static program has it in itself.
+    let is_libc = |i: &&Image| {
+        let known = ["libc.", "libc-", "ld-musl", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
+        known || !images.iter().any(Image::has_interpreter)
+    };
     let mut out = Vec::new();
     for image in images.iter().filter(is_libc) {
         for code in maps.iter().filter(|m| m.execute && image.range.overlaps(&m.range)) {

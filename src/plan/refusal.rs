@@ -30,11 +30,13 @@ pub enum Refusal {
         /// Its name.
         image: String,
     },
-    /// The image is a shared library.
-    #[error("the patch is for {image}, a shared library of this process")]
-    SharedLibrary {
-        /// Its name.
-        image: String,
+    /// The patch is for a library that the process has not loaded.
+    #[error("the process has not loaded {file}, which the patch is for (build {wanted})")]
+    NotLoaded {
+        /// The build-id that the patch is for.
+        wanted: String,
+        /// The file that it was built from.
+        file: String,
     },
     /// The image is several times in the process.
     #[error("{image} is mapped {count} times in this process")]
@@ -43,12 +45,6 @@ pub enum Refusal {
         image: String,
         /// How often.
         count: usize,
-    },
-    /// A statically linked program.
-    #[error("{image} is statically linked")]
-    Static {
-        /// Its name.
-        image: String,
     },
     /// Not an x86-64 program.
     #[error("{image} is not an x86-64 program")]
@@ -216,9 +212,8 @@ impl Refusal {
             Self::OtherBuild { .. } => "build-id-mismatch",
             Self::Swapped { .. } => "swapped-builds",
             Self::NoBuildId { .. } => "no-build-id",
-            Self::SharedLibrary { .. } => "shared-library",
+            Self::NotLoaded { .. } => "not-loaded",
             Self::MappedTwice { .. } => "mapped-twice",
-            Self::Static { .. } => "static",
             Self::OtherArchitecture { .. } => "other-architecture",
             Self::Seccomp { .. } => "seccomp",
             Self::ShadowStack => "shadow-stack",
@@ -252,9 +247,8 @@ impl Refusal {
             Self::OtherBuild { .. } => "build the patch from the build that this process runs".into(),
             Self::Swapped { .. } => "give patch-builder the running build first and the fixed one second".into(),
             Self::NoBuildId { .. } => "link with -Wl,--build-id".into(),
-            Self::SharedLibrary { .. } => "this version patches the main executable only".into(),
-            Self::MappedTwice { .. } => "this version patches an image that is mapped once".into(),
-            Self::Static { .. } => "this version patches dynamically linked programs only".into(),
+            Self::NotLoaded { .. } => "apply it again once the process has loaded the library (dlopen)".into(),
+            Self::MappedTwice { .. } => "load it once: all of its mappings would have to change together".into(),
             Self::OtherArchitecture { .. } => "only 64-bit x86 programs can be patched".into(),
             Self::Seccomp { .. } => "this version does not patch confined processes".into(),
             Self::ShadowStack => "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off".into(),
@@ -281,7 +275,7 @@ impl Refusal {
             Self::After { .. } => "apply that patch first, or build one for what is applied (--after)".into(),
             Self::NotNewest { newest, .. } => format!("revert {newest} first, or use --all"),
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
-            Self::NoUnwinder => "link the program with libgcc_s (the default of gcc and rustc)".into(),
+            Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc)".into(),
             Self::Import { remedy, .. } => remedy.clone(),
             Self::Unsupported { .. } => "build the patch without it".into(),
             Self::NoExecutableMemory { .. } => "relax the policy (SELinux execmem, seccomp) for this process".into(),

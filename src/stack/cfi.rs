@@ -1,6 +1,8 @@
 //! The unwind tables of a process's images, read from its memory.
 
-use gimli::{BaseAddresses, EhFrame, EhFrameHdr, EndianSlice, FrameDescriptionEntry, LittleEndian, UnwindSection};
+use gimli::{
+    BaseAddresses, CieOrFde, EhFrame, EhFrameHdr, EndianSlice, FrameDescriptionEntry, LittleEndian, UnwindSection,
+};
 
 use crate::addr::{ProcAddr, ProcRange};
 use crate::elf;
@@ -18,10 +20,18 @@ pub(super) type Fde<'a> = FrameDescriptionEntry<Bytes<'a>>;
 struct Table {
     /// Code that it may describe.
     code: ProcRange,
-    /// `.eh_frame_hdr` with its address; without it the table is searched from its start.
-    index: Option<(ProcAddr, Vec<u8>)>,
+    index: Index,
     /// `.eh_frame` with its address.
     frames: (ProcAddr, Vec<u8>),
+}
+
+/// Where to find the description of an address.
+#[derive(Debug)]
+enum Index {
+    /// `.eh_frame_hdr` with its address.
+    Header(ProcAddr, Vec<u8>),
+    /// Start, end and offset in the table of each description, ascending.
+    Sorted(Vec<(u64, u64, usize)>),
 }
 
 /// The unwind tables of all images.
@@ -44,7 +54,7 @@ impl Cfi {
     /// Adds the unwind table of a patch.
     pub fn add_patch<M: ReadMemory + ?Sized>(&mut self, memory: &M, code: ProcRange, at: ProcAddr, len_bytes: u64) {
         if let Ok(bytes) = memory.read_vec(at, len_bytes) {
-            self.0.push(Table { code, index: None, frames: (at, bytes) });
+            self.0.push(Table::sorted(code, at, bytes));
         }
     }
 
@@ -55,8 +65,28 @@ impl Cfi {
 }
 
 impl Table {
+    /// A table without an index of its own.
+    fn sorted(code: ProcRange, at: ProcAddr, bytes: Vec<u8>) -> Self {
+        let mut all = Vec::new();
+        let section = EhFrame::new(&bytes, LittleEndian);
+        let bases = BaseAddresses::default().set_eh_frame(at.0).set_text(code.start.0);
+        let mut entries = section.entries(&bases);
+        // What follows damage is not described.
+        while let Ok(Some(entry)) = entries.next() {
+            let CieOrFde::Fde(partial) = entry else { continue };
+            let Ok(fde) = partial.parse(EhFrame::cie_from_offset) else { continue };
+            all.push((fde.initial_address(), fde.end_address(), fde.offset()));
+        }
+        all.sort_unstable();
+        Self { code, index: Index::Sorted(all), frames: (at, bytes) }
+    }
+
     fn of_image<M: ReadMemory + ?Sized>(memory: &M, image: &Image) -> Option<Self> {
-        let header = image.head.of_kind(elf::PT_GNU_EH_FRAME).next()?;
+        let Some(header) = image.head.of_kind(elf::PT_GNU_EH_FRAME).next() else {
+            let (at, len_bytes) = image.eh_frame?;
+            let at = image.to_process(at, len_bytes)?;
+            return Some(Self::sorted(image.range, at, memory.read_vec(at, len_bytes.min(MAX_LEN_BYTES)).ok()?));
+        };
         let index_at = image.to_process(header.at, header.len_bytes)?;
         let index = memory.read_vec(index_at, header.len_bytes.min(MAX_LEN_BYTES)).ok()?;
         let bases = BaseAddresses::default().set_eh_frame_hdr(index_at.0);
@@ -71,19 +101,23 @@ impl Table {
         })?;
         let len_bytes = end.offset_from(frames_at)?.min(MAX_LEN_BYTES);
         let frames = memory.read_vec(frames_at, len_bytes).ok()?;
-        Some(Self { code: image.range, index: Some((index_at, index)), frames: (frames_at, frames) })
+        Some(Self { code: image.range, index: Index::Header(index_at, index), frames: (frames_at, frames) })
     }
 
     fn find(&self, pc: ProcAddr) -> Option<Found<'_>> {
         let section = EhFrame::new(&self.frames.1, LittleEndian);
         let mut bases = BaseAddresses::default().set_eh_frame(self.frames.0 .0).set_text(self.code.start.0);
         let fde = match &self.index {
-            Some((at, index)) => {
+            Index::Header(at, index) => {
                 bases = bases.set_eh_frame_hdr(at.0);
                 let parsed = EhFrameHdr::new(index, LittleEndian).parse(&bases, 8).ok()?;
                 parsed.table()?.fde_for_address(&section, &bases, pc.0, EhFrame::cie_from_offset).ok()?
             }
-            None => section.fde_for_address(&bases, pc.0, EhFrame::cie_from_offset).ok()?,
+            Index::Sorted(all) => {
+                let (_, end, offset) = all.get(all.partition_point(|(start, ..)| *start <= pc.0).checked_sub(1)?)?;
+                let fde = || section.fde_from_offset(&bases, (*offset).into(), EhFrame::cie_from_offset).ok();
+                (pc.0 < *end).then(fde)??
+            }
         };
         Some(Found { fde, section, bases })
     }

@@ -26,6 +26,8 @@ pub struct Row {
 pub struct Lines {
     rows: Vec<Row>,
     files: Vec<String>,
+    /// Start and end of all code that compilation units cover, ascending.
+    units: Vec<(u64, u64)>,
     /// Whether the build has DWARF at all.
     pub present: bool,
 }
@@ -53,10 +55,10 @@ impl Lines {
             headers.push(header);
         }
         let present = !headers.is_empty();
-        let parts: Vec<(Vec<Row>, Vec<String>)> =
-            headers.into_par_iter().filter_map(|h| unit_rows(&dwarf, h, wanted)).collect();
+        let parts: Vec<UnitLines> = headers.into_par_iter().filter_map(|h| unit_rows(&dwarf, h, wanted)).collect();
         let mut out = Self { present, ..Self::default() };
-        for (rows, files) in parts {
+        for UnitLines { rows, files, ranges } in parts {
+            out.units.extend(ranges);
             let base = out.files.len() as u32;
             out.rows.extend(rows.into_iter().map(|mut r| {
                 if r.file != u32::MAX {
@@ -68,6 +70,7 @@ impl Lines {
         }
         out.rows.sort_unstable();
         out.rows.dedup();
+        out.units.sort_unstable();
         Some(out)
     }
 
@@ -79,6 +82,13 @@ impl Lines {
         &self.rows[from..to.max(from)]
     }
 
+    /// Whether a compilation unit covers `addr`: what has none comes from elsewhere, a library compiled without debug information.
+    #[must_use]
+    pub fn covers(&self, addr: u64) -> bool {
+        let after = self.units.partition_point(|(start, _)| *start <= addr);
+        self.units[..after].iter().rev().take(64).any(|(_, end)| addr < *end)
+    }
+
     /// `file:line` at `addr`.
     #[must_use]
     pub fn source(&self, addr: u64) -> Option<String> {
@@ -87,11 +97,19 @@ impl Lines {
     }
 }
 
+/// What one compilation unit says.
+#[derive(Default)]
+struct UnitLines {
+    rows: Vec<Row>,
+    files: Vec<String>,
+    ranges: Vec<(u64, u64)>,
+}
+
 fn unit_rows<'a>(
     dwarf: &Dwarf<Reader<'a>>,
     header: gimli::UnitHeader<Reader<'a>>,
     wanted: &[(u64, u64)],
-) -> Option<(Vec<Row>, Vec<String>)> {
+) -> Option<UnitLines> {
     let hit = |begin: u64, end: u64| {
         let index = wanted.partition_point(|(start, _)| *start < end);
         index
@@ -99,13 +117,13 @@ fn unit_rows<'a>(
             .is_some_and(|i| wanted[..=i].iter().rev().take(64).any(|(s, len)| s.saturating_add(*len) > begin))
     };
     let unit = dwarf.unit(header).ok()?;
-    let mut ranges = dwarf.unit_ranges(&unit).ok()?;
-    let mut covers = false;
-    while let Ok(Some(r)) = ranges.next() {
-        covers |= hit(r.begin, r.end);
+    let mut own = dwarf.unit_ranges(&unit).ok()?;
+    let mut ranges = Vec::new();
+    while let Ok(Some(r)) = own.next() {
+        ranges.push((r.begin, r.end));
     }
-    if !covers {
-        return None;
+    if !ranges.iter().any(|(begin, end)| hit(*begin, *end)) {
+        return Some(UnitLines { ranges, ..UnitLines::default() });
     }
     let mut rows = Vec::new();
     let mut files = Vec::new();
@@ -135,7 +153,7 @@ fn unit_rows<'a>(
         }
     }
     call_lines(dwarf, &unit, &hit, &mut rows);
-    Some((rows, files))
+    Some(UnitLines { rows, files, ranges })
 }
 
 fn file_name<'a>(

@@ -84,6 +84,8 @@ pub struct Build<'d> {
     pub build_id: Vec<u8>,
     /// Whether it is position-independent.
     pub pie: bool,
+    /// Whether it is a static program, position-independent or not: its libraries are in it.
+    pub is_static: bool,
     /// Entry point.
     pub entry: u64,
     /// Whether any of it was compiled by rustc.
@@ -135,13 +137,6 @@ impl<'d> Build<'d> {
     /// Not an x86-64 ELF image, damaged, or without build-id, symbols or kept relocations.
     pub fn parse(path: &str, bytes: &'d [u8]) -> Result<Self, BuildError> {
         let raw = elf::RawElf::parse(bytes)?;
-        if raw.is_static {
-            return Err(BuildError::Incomplete {
-                rule: "unsupported",
-                what: "it is statically linked, which this version does not patch".into(),
-                remedy: "link it dynamically (without -static)",
-            });
-        }
         let sections: Vec<Section<'d>> = raw.alloc_sections();
         let ((symbols, dynamic), (relocs, unwind)) = rayon::join(
             || rayon::join(|| symbols::read(&raw, &sections), || dynamic::read(&raw, &sections)),
@@ -155,6 +150,7 @@ impl<'d> Build<'d> {
             path: path.to_owned(),
             build_id: raw.build_id.clone(),
             pie: raw.pie,
+            is_static: raw.is_static,
             entry: raw.entry,
             rust: raw.rust,
             tls_segment: raw.tls,

@@ -86,8 +86,10 @@ pub enum SymTarget {
     Tls(u32),
     /// The start of a section without content.
     Empty,
-    /// Defined elsewhere.
+    /// Defined elsewhere, or nowhere.
     Undefined,
+    /// A number, not an address.
+    Absolute,
 }
 
 /// A symbol as relocations use it.
@@ -155,6 +157,9 @@ pub fn read<'d>(raw: &RawElf<'d>, sections: &[Section<'d>]) -> Result<Symbols<'d
             }
         }
         if kind == elf::STT_SECTION.0 || name.is_empty() || shndx == elf::SHN_ABS {
+            if shndx == elf::SHN_ABS {
+                rel_syms[index].target = SymTarget::Absolute;
+            }
             continue;
         }
         let global = sym.st_bind() != elf::STB_LOCAL;

@@ -82,10 +82,9 @@ impl<'d> Unwind<'d> {
         &self.lsdas
     }
 
-    /// Whether any function names a personality: something in the program may unwind.
-    #[must_use]
-    pub fn has_personality(&self) -> bool {
-        self.fdes.iter().any(|f| f.personality.is_some())
+    /// The functions that name a personality: something there may unwind.
+    pub fn with_personality(&self) -> impl Iterator<Item = &Fde<'d>> + '_ {
+        self.fdes.iter().filter(|f| f.personality.is_some())
     }
 
     /// Every personality in use.

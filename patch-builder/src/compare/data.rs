@@ -1,7 +1,7 @@
 //! Data by content: bytes, pointers, and tables of relative offsets.
 
 use super::{Comparer, Key};
-use crate::build::DynKind;
+use crate::build::{DynKind, SymTarget};
 use crate::lift::{resolve, Access, Target};
 use crate::side::{Marks, Side};
 
@@ -51,6 +51,12 @@ pub fn place<'d>(side: &Side<'d>, at: u64, base: u64) -> Place<'d> {
         };
     }
     let Some(reloc) = reloc else { return Place::Bytes };
+    let symbol = build.rel_sym(reloc);
+    let stored = if reloc.kind == R_64 { word(8) } else { word(4) };
+    let number = symbol.target == SymTarget::Absolute && matches!(reloc.kind, R_64 | R_32 | R_32S);
+    if number && stored == Some(symbol.value.wrapping_add_signed(reloc.addend)) {
+        return Place::Bytes;
+    }
     match (reloc.kind, word(4), word(8)) {
         (R_64, _, Some(value)) => Place::Pointer(resolve(build, value, Some(reloc))),
         (R_32 | R_32S, Some(value), _) => Place::Short(resolve(build, value, Some(reloc))),

@@ -132,6 +132,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
             }
             (Target::Plt(x), Target::Plt(y)) => self.same_import(x, y),
             (Target::Empty(x), Target::Empty(y)) => x == y,
+            (Target::Number(x), Target::Number(y)) => x == y,
             (Target::Slot(s), Target::Slot(t)) => self.slots(s, t),
             (Target::TlsSlots(m, s), Target::TlsSlots(n, t)) => {
                 m == n
@@ -404,6 +405,7 @@ pub fn describe(side: &Side<'_>, target: Target<'_>) -> String {
         Target::TlsSlots(_, TlsFound::Own(id, _)) => crate::build::demangle(side.build.tls[id as usize].name()),
         Target::TlsSlots(_, TlsFound::Import(name, _)) => crate::build::demangle(name),
         Target::TlsSlots(_, TlsFound::Segment) => "its own thread-locals".into(),
+        Target::Number(n) => format!("the number {n}"),
         Target::Unknown(at) => format!("the address {at:#x}"),
     }
 }

@@ -3,6 +3,7 @@
 
 mod elf;
 mod frames;
+mod linked;
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -552,7 +553,8 @@ fn manifest(
         functions,
         statics: statics.collect(),
         types: String::new(),
-        may_unwind: throws || old.build.unwind.has_personality(),
+        may_unwind: throws || linked::may_unwind(old, &diff.lines.0),
+        linked: Some(linked::linked(old, &diff.lines.0)),
         imports: selection.imports.clone(),
         after: layout
             .after

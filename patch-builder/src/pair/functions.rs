@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use super::family::{Key, Kin, Kins, Names, Text};
 use crate::build::{Build, FastMap, FuncId};
 use crate::compare::{Comparer, LineProof};
+use crate::lift::Target;
 use crate::pairing::Pairing;
 use crate::side::Side;
 
@@ -158,6 +159,18 @@ impl Family<'_, '_> {
         self.old.callers(f).iter().any(|h| pairing.func_pair(*h).is_some_and(|i| news.binary_search(&i).is_ok()))
     }
 
+    /// Whether some caller, with the same code in both builds, refers to the old and to the new function in one place.
+    fn meet_in_place(&self, pairing: &Pairing, f: FuncId, g: FuncId) -> bool {
+        self.old.callers(f).iter().any(|h| {
+            let Some(i) = pairing.func_pair(*h) else { return false };
+            let (x, y) = (&self.old.lifted[*h as usize], &self.new.lifted[i as usize]);
+            let is = |t: Target<'_>, id| matches!(t, Target::Func(to, 0) if to == id);
+            x.masked == y.masked
+                && x.refs.len() == y.refs.len()
+                && x.refs.iter().zip(&y.refs).any(|(r, s)| is(r.target, f) && is(s.target, g))
+        })
+    }
+
     /// Whether some members differ by nothing but a number.
     fn is_numbered(&self) -> bool {
         let numbered = |ids: &[FuncId], kins: &Kins| {
@@ -213,19 +226,18 @@ impl Family<'_, '_> {
             // Copies of one name (codegen units hold several, each with other constants propagated into it) and
             // equal names in several files are told apart by who calls them.
             ([f], [g]) if self.meet(pairing, *f, *g) => pairs.push((*f, *g)),
-            _ if self.with_file && all_olds.len() == all_news.len() => {
-                let mut rivals: HashMap<Text, usize> = HashMap::new();
-                left.iter().for_each(|f| *rivals.entry(self.first(*f).own).or_default() += 1);
-                let mut named: HashMap<Text, Vec<FuncId>> = HashMap::new();
-                free.iter().for_each(|g| named.entry(self.kin.1.of(*g)[0].own).or_default().push(*g));
+            _ if self.with_file && left.len() == free.len() && left.len() <= CANDIDATES => {
+                let meets = |f: FuncId| free.iter().copied().filter(move |g| self.meet_in_place(pairing, f, *g));
                 for f in &left {
-                    let own = self.first(*f).own;
-                    if let (Some([g]), 1) = (named.get(&own).map(Vec::as_slice), rivals[&own]) {
-                        pairs.push((*f, *g));
+                    let mut met = meets(*f);
+                    let (Some(g), None) = (met.next(), met.next()) else { continue };
+                    if left.iter().all(|e| e == f || !self.meet_in_place(pairing, *e, g)) {
+                        pairs.push((*f, g));
                     }
                 }
+                self.by_own_names(&left, &free, &mut pairs);
             }
-            _ => {}
+            _ => self.by_own_names(&left, &free, &mut pairs),
         }
         pairs
     }
@@ -251,6 +263,25 @@ impl Family<'_, '_> {
             }
             found.is_none()
         });
+    }
+
+    /// Pairs those that are alone with their whole name, if there are as many as before.
+    fn by_own_names(&self, left: &[FuncId], free: &[FuncId], pairs: &mut Vec<(FuncId, FuncId)>) {
+        if !self.with_file || self.members.olds.len() != self.members.news.len() {
+            return;
+        }
+        let mut rivals: HashMap<Text, usize> = HashMap::new();
+        left.iter().for_each(|f| *rivals.entry(self.first(*f).own).or_default() += 1);
+        let mut named: HashMap<Text, Vec<FuncId>> = HashMap::new();
+        free.iter().for_each(|g| named.entry(self.kin.1.of(*g)[0].own).or_default().push(*g));
+        for f in left {
+            let own = self.first(*f).own;
+            if let (Some([g]), 1) = (named.get(&own).map(Vec::as_slice), rivals[&own]) {
+                if !pairs.iter().any(|(old, new)| old == f || new == g) {
+                    pairs.push((*f, *g));
+                }
+            }
+        }
     }
 }
 

@@ -197,8 +197,24 @@ impl<'v, 'a, 'd> Meeting<'v, 'a, 'd> {
         if users.is_empty() {
             return only(self.unused.1.iter().copied());
         }
-        let news = users.iter().filter_map(|f| self.used.1.get(&self.pairing.func_pair(*f)?));
-        only(news.flatten().copied())
+        let news = users.iter().filter_map(|f| {
+            let g = self.pairing.func_pair(*f)?;
+            let all = self.used.1.get(&g)?;
+            Some(self.in_place(*f, g, x, false).unwrap_or_else(|| all.clone()))
+        });
+        only(news.flatten())
+    }
+
+    /// What the same code, old and new, uses in the place of a variable; `None` if the code differs.
+    fn in_place(&self, f: FuncId, g: FuncId, id: u32, is_new: bool) -> Option<Vec<u32>> {
+        let (old, new) = self.variables.sides;
+        let (x, y) = (&old.lifted[f as usize], &new.lifted[g as usize]);
+        let pick = self.variables.pick;
+        (x.masked == y.masked && x.refs.len() == y.refs.len()).then(|| {
+            let picked = x.refs.iter().zip(&y.refs).map(|(r, s)| (pick(r.target), pick(s.target)));
+            let there = picked.map(|(o, n)| if is_new { (n, o) } else { (o, n) });
+            there.filter(|(from, _)| *from == Some(id)).filter_map(|(_, to)| to).collect()
+        })
     }
 
     /// The one old variable that a new one meets.
@@ -207,8 +223,12 @@ impl<'v, 'a, 'd> Meeting<'v, 'a, 'd> {
         if users.is_empty() {
             return only(self.unused.0.iter().copied());
         }
-        let olds = users.iter().flat_map(|g| self.pairing.func_olds(*g)).filter_map(|f| self.used.0.get(f));
-        only(olds.flatten().copied())
+        let olds = users.iter().flat_map(|g| self.pairing.func_olds(*g).iter().map(move |f| (*f, *g)));
+        let olds = olds.filter_map(|(f, g)| {
+            let all = self.used.0.get(&f)?;
+            Some(self.in_place(f, g, y, true).unwrap_or_else(|| all.clone()))
+        });
+        only(olds.flatten())
     }
 }
 

@@ -41,7 +41,7 @@ impl<'d> Selector<'_, 'd> {
             Target::Data(at) => self.bind_data(at, access, 0),
             Target::TlsSlots(model, found) => self.bind_tls_slots(model, found),
             Target::Unknown(0) => Some(Bound::Null),
-            Target::Tls(..) | Target::Unknown(_) | Target::Empty(_) => {
+            Target::Tls(..) | Target::Unknown(_) | Target::Empty(_) | Target::Number(_) => {
                 let what = crate::compare::describe(self.new, target);
                 let message = format!("{} refers to {what}, of which nothing is known", self.current);
                 let name = self.current.clone();

@@ -18,7 +18,7 @@ impl<'d> Check<'_, 'd> {
             Target::Slot(at) => self.means_slot(actual, at),
             Target::Unknown(0) => Ok(actual == Actual::Null),
             Target::TlsSlots(model, found) => Ok(self.means_tls_slots(actual, model, found)),
-            Target::Unknown(_) | Target::Tls(..) | Target::Empty(_) => Ok(false),
+            Target::Unknown(_) | Target::Tls(..) | Target::Empty(_) | Target::Number(_) => Ok(false),
         }
     }
 

@@ -186,7 +186,7 @@ impl PtraceProcess {
         let gadgets = self.gadgets()?;
         let spare = if purpose == Purpose::Function { CALL_STACK } else { 0 };
         let maps = self.mappings()?;
-        let frame = Frame::new(&registers, mask, &vector, gadgets.sigreturn);
+        let frame = Frame::new(&registers, mask, &vector, &gadgets);
         let Some(frame) = frame.filter(|f| f.fits(registers.rsp, &maps, spare)) else {
             stopped.detach();
             return Ok(None);
@@ -197,7 +197,8 @@ impl PtraceProcess {
         }
         let borrowed = Borrowed { thread: stopped, registers, mask, vector, frame, gadgets, _priority: priority };
         // From the first of these two on, the thread finds back alone.
-        let home = RawRegisters { rip: gadgets.sigreturn.0, rsp: borrowed.frame.after_return(), ..borrowed.foreign() };
+        let (rip, rsp) = borrowed.frame.home();
+        let home = RawRegisters { rip, rsp, ..borrowed.foreign() };
         if sys::set_registers(tid.0, &home).is_err() || sys::set_signal_mask(tid.0, !0).is_err() {
             self.give_back(borrowed)?;
             return Ok(None);
@@ -313,7 +314,7 @@ impl PtraceProcess {
         let mut accept = |t: &HeldThread, m: &dyn ReadMemory| idle.is_idle(t, m);
         let mut borrowed = self.borrow_thread(what, Purpose::Function, &mut accept, deadline)?;
         let mut regs = borrowed.foreign();
-        regs.rsp = borrowed.frame.after_return();
+        regs.rsp = borrowed.frame.context();
         regs.rip = call.stub.0;
         regs.rax = call.function.0;
         regs.rdi = call.argument;
