@@ -82,12 +82,26 @@ fn what_version_1_did_not_know_stays_rejected_in_it() {
 }
 
 #[test]
+fn a_patch_of_version_2_reads_as_it_did() {
+    let bytes = golden("patch-v2.so");
+    let patch = PatchFile::parse(&bytes).expect("version 2 stays readable");
+    let m = &patch.manifest;
+    assert_eq!((m.format, m.name.as_str(), m.linked.as_ref()), (2, "golden-v2", None));
+    let imports: Vec<String> = m.imports.iter().map(livepatch::patch::Import::symbol).collect();
+    assert_eq!(imports, ["realpath@GLIBC_2.2.5"]);
+    assert!(patch.relocs.iter().any(|r| r.target == RelocTarget::Import(0)));
+    // A field of version 3 in place of one of version 2.
+    let e = PatchFile::parse(&with(&bytes, "\"states\"", "\"linked\"")).expect_err("of version 3");
+    assert!(matches!(e, PatchError::Manifest(_)), "{e}");
+}
+
+#[test]
 fn a_version_that_is_not_known_is_rejected_by_number() {
     let mut bytes = golden("patch-v1.so");
     let head = b"livepatch\0\0\0\x01\0\0\0";
     let at = (0..bytes.len()).find(|at| bytes[*at..].starts_with(head)).expect("the note") + head.len() - 4;
-    bytes[at] = 3;
-    let e = PatchFile::parse(&seal(bytes)).expect_err("version 3 does not exist");
-    assert!(matches!(e, PatchError::Version(3)), "{e}");
-    assert!(e.to_string().contains("format 3"), "{e}");
+    bytes[at] = 4;
+    let e = PatchFile::parse(&seal(bytes)).expect_err("version 4 does not exist");
+    assert!(matches!(e, PatchError::Version(4)), "{e}");
+    assert!(e.to_string().contains("format 4"), "{e}");
 }

@@ -72,6 +72,9 @@ pub const CALL_STUB: [u8; 18] =
 /// Offset in [`CALL_STUB`] of its system call.
 pub const CALL_STUB_SYSCALL: u64 = 7;
 
+/// The number of that call: getpid.
+pub const CALL_STUB_NUMBER: i64 = libc::SYS_getpid;
+
 /// Bytes of a `syscall` instruction.
 pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
 

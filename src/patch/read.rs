@@ -161,6 +161,10 @@ impl PatchFile {
         let json = section(&elf, bytes, MANIFEST_SECTION)?.ok_or(PatchError::NotAPatch("manifest"))?;
         let manifest = match version {
             1 => super::v1::read(json),
+            2 => serde_json::from_slice(json).and_then(|m: Manifest| match m.linked {
+                Some(_) => Err(serde::de::Error::unknown_field("linked", &[])),
+                None => Ok(m),
+            }),
             _ => serde_json::from_slice(json),
         };
         let manifest: Manifest = manifest.map_err(PatchError::Manifest)?;

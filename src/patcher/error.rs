@@ -16,7 +16,7 @@ pub enum Error {
     Patch(#[from] PatchError),
     /// The process cannot be worked on.
     #[error(transparent)]
-    Process(#[from] ProcessError),
+    Process(ProcessError),
     /// A no with its reason.
     #[error("refused: {refusal}: {}", .refusal.remedy())]
     Refused {
@@ -48,11 +48,20 @@ pub enum Error {
     Swap(SwapError),
 }
 
+impl From<ProcessError> for Error {
+    fn from(e: ProcessError) -> Self {
+        match e {
+            ProcessError::Confined { mode, .. } => Refusal::Seccomp { mode }.into(),
+            other => Self::Process(other),
+        }
+    }
+}
+
 impl From<TransactionError> for Error {
     fn from(e: TransactionError) -> Self {
         match e {
             TransactionError::Refused(refusal) => Self::Refused { refusal },
-            TransactionError::Process(e) => Self::Process(e),
+            TransactionError::Process(e) => e.into(),
             TransactionError::Swap(e) => Self::Swap(e),
             TransactionError::Hold(crate::process::HoldError::Process(e)) => Self::Process(e),
             TransactionError::Hold(hold) => Self::NotQuiescent(Box::new(NotQuiescent {

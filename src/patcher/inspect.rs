@@ -1,5 +1,7 @@
 //! Looks at a process without stopping any of it: is this the build, can it be patched, is the code as built?
 
+use std::time::{Duration, Instant};
+
 use super::{Error, Inspected, Options, Patcher};
 use crate::addr::{ProcAddr, ProcRange};
 use crate::elf::EM_X86_64;
@@ -21,7 +23,28 @@ fn is_system(image: &Image) -> bool {
     image.name.starts_with('[') || SYSTEM_LIBRARIES.iter().any(|l| image.short_name().starts_with(l))
 }
 
+/// How long a child of vfork may take to call exec before it counts as a sharer for good.
+const VFORK: Duration = Duration::from_secs(1);
+
 impl Patcher {
+    /// As [`inspect`](Self::inspect), once no child of vfork is on its way.
+    pub(super) fn inspect_alone(
+        &self,
+        patch: &PatchFile,
+        options: &Options,
+        deadline: Instant,
+    ) -> Result<Inspected, Error> {
+        let until = deadline.min(Instant::now() + VFORK);
+        loop {
+            match self.inspect(patch, options) {
+                Err(Error::Refused { refusal: Refusal::SharedMemory { .. } }) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => return other,
+            }
+        }
+    }
+
     pub(super) fn inspect(&self, patch: &PatchFile, options: &Options) -> Result<Inspected, Error> {
         let image = self.target(patch)?;
         self.check_confinement()?;
@@ -139,7 +162,8 @@ impl Patcher {
         let pid = self.process.pid();
         let os = |e| ProcessError::from_os(pid, "read /proc/PID/status", e);
         let status = Status::of(pid).map_err(os)?;
-        if status.seccomp != 0 {
+        // Filters can be looked at, and suspended, with CAP_SYS_ADMIN only.
+        if status.seccomp != 0 && !procfs::may_administer() {
             return Err(Refusal::Seccomp { mode: status.seccomp }.into());
         }
         if status.shadow_stack {

@@ -171,7 +171,7 @@ impl Patcher {
         let deadline = Instant::now() + options.timeout;
         self.remove_unused(deadline)?;
         let mut report = self.report("apply", &patch.manifest.name);
-        let inspected = self.inspect(patch, options)?;
+        let inspected = self.inspect_alone(patch, options, deadline)?;
         report.functions = replaced(patch);
         let Some(planned) = inspected.planned else {
             report.already = true;

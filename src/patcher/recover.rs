@@ -126,7 +126,7 @@ impl Patcher {
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
         let mut out = Vec::new();
         for found in &records {
-            let lead = Lead::read(&self.process, found, &records)?;
+            let lead = self.lead(found, &records)?;
             if lead.is_finished(found) {
                 continue;
             }
@@ -137,11 +137,23 @@ impl Patcher {
         Ok(out)
     }
 
+    /// Where the entries of a patch lead: nowhere if the library that had them is unloaded.
+    pub(super) fn lead(&self, found: &Found, records: &[Found]) -> Result<Lead, Refusal> {
+        if found.mutable.state == State::Applied && !self.is_loaded(found) {
+            return Ok(Lead { to: Entries::Old, by_stub: 0 });
+        }
+        Lead::read(&self.process, found, records)
+    }
+
     /// An interrupted command's work must be finished before another begins.
     pub(super) fn finished(&mut self) -> Result<(), Error> {
         let records = self.records()?;
         for found in &records {
-            let lead = Lead::read(&self.process, found, &records)?;
+            if found.mutable.state == State::Applied && !self.is_loaded(found) {
+                self.record(found, Mutable { state: State::Reverted, ..found.mutable })?;
+                continue;
+            }
+            let lead = self.lead(found, &records)?;
             if !(lead.is_unused(found) || lead.is_finished(found)) {
                 return Err(Refusal::Unfinished { name: found.payload.patch.clone() }.into());
             }
@@ -153,7 +165,7 @@ impl Patcher {
     pub(super) fn remove_unused(&mut self, deadline: Instant) -> Result<(), Error> {
         let records = self.records()?;
         for found in &records {
-            let lead = Lead::read(&self.process, found, &records)?;
+            let lead = self.lead(found, &records)?;
             if lead.is_unused(found) && found.mutable.unwind == Unwind::None {
                 self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
                 self.maps = self.process.mappings()?;

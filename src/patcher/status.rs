@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::recover::{Entries, Lead};
+use super::recover::Entries;
 use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
 use crate::process::{Pid, Process, ProcessError};
@@ -69,7 +69,7 @@ impl Patcher {
         let image = self.executable()?;
         let records = self.records()?;
         let patches = records.iter().map(|found| {
-            let lead = Lead::read(&self.process, found, &records);
+            let lead = self.lead(found, &records);
             let unfinished = lead.as_ref().is_ok_and(|lead| !lead.is_finished(found));
             let state = match lead.as_ref().map(|lead| lead.to) {
                 Ok(Entries::New) => State::Applied,
@@ -80,6 +80,9 @@ impl Patcher {
             let payload = found.payload.clone();
             let mutable = found.mutable;
             let damage = match Applied::new(found.clone()) {
+                _ if found.mutable.state == State::Applied && !self.is_loaded(found) => {
+                    Some("the library that it patches is no longer loaded (livepatch recover)".into())
+                }
                 Ok(a) if applied && !unfinished => a.check_entries(&self.process).err().map(|e| e.to_string()),
                 Ok(_) => lead.err().map(|e| e.to_string()),
                 Err(e) => Some(e.to_string()),

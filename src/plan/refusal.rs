@@ -250,7 +250,7 @@ impl Refusal {
             Self::NotLoaded { .. } => "apply it again once the process has loaded the library (dlopen)".into(),
             Self::MappedTwice { .. } => "load it once: all of its mappings would have to change together".into(),
             Self::OtherArchitecture { .. } => "only 64-bit x86 programs can be patched".into(),
-            Self::Seccomp { .. } => "this version does not patch confined processes".into(),
+            Self::Seccomp { .. } => "run livepatch with CAP_SYS_ADMIN (as root): then it can look at the filter, and suspend it for the thread that maps the patch".into(),
             Self::ShadowStack => "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off".into(),
             Self::SharedMemory { .. } => "try again when that process has called exec or ended".into(),
             Self::Contexts { .. } => {

@@ -49,6 +49,14 @@ pub enum ProcessError {
         /// What for.
         what: &'static str,
     },
+    /// Its seccomp filter may forbid what a borrowed thread must do, and we may not look at it or suspend it.
+    #[error("process {pid} is confined by seccomp (mode {mode})")]
+    Confined {
+        /// The process.
+        pid: Pid,
+        /// The mode in /proc/PID/status.
+        mode: u32,
+    },
     /// A system call that a thread made for us failed.
     #[error("{call} in process {pid} failed: {source}")]
     Remote {

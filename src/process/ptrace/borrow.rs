@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use super::frame::{Frame, Gadgets};
 use super::sys::{self, RawRegisters};
 use super::tracee::{self, Running, Stop, Stopped, Waited};
-use super::{procfs, PtraceProcess};
+use super::{procfs, seccomp, PtraceProcess};
 use crate::addr::ProcAddr;
-use crate::insn::{CALL_STUB_SYSCALL, SYSCALL};
+use crate::insn::{self, CALL_STUB_SYSCALL, SYSCALL};
 use crate::memory::ReadMemory;
 use crate::process::{Access, FunctionCall, HeldThread, IdleCheck, Process, ProcessError, RemoteCall, Tid};
 
@@ -27,12 +27,31 @@ const STOP_WITHIN: Duration = Duration::from_millis(20);
 const CALL_STACK: u64 = 16 << 10;
 
 /// What a borrowed thread is for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Purpose {
+#[derive(Clone, Copy)]
+enum Purpose<'a> {
     /// System calls: any thread will do, and a running one where none sleeps.
-    SystemCalls,
+    SystemCalls(&'a [RemoteCall]),
     /// A function: it must be asleep, with room for the function's frames.
     Function,
+}
+
+impl Purpose<'_> {
+    /// The system calls that a thread will make; those of a function that takes a lock and memory.
+    fn calls(self) -> Vec<(i64, [u64; 6])> {
+        let (write, private) =
+            ((libc::PROT_READ | libc::PROT_WRITE) as u64, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64);
+        match self {
+            Self::SystemCalls(calls) => calls.iter().map(|c| (arguments(*c).1, arguments(*c).2)).collect(),
+            Self::Function => vec![
+                (libc::SYS_futex, [0; 6]),
+                (libc::SYS_brk, [0; 6]),
+                (libc::SYS_mmap, [0, 1 << 20, write, private, u64::MAX, 0]),
+                (libc::SYS_mprotect, [0, 1 << 12, write, 0, 0, 0]),
+                (libc::SYS_munmap, [0; 6]),
+                (insn::CALL_STUB_NUMBER, [0; 6]),
+            ],
+        }
+    }
 }
 
 /// A borrowed thread.
@@ -91,6 +110,10 @@ impl PtraceProcess {
             match procfs::blocked_in(self.pid, tid) {
                 Some(b) if is_wait(b.number) => out.push((false, procfs::run_count(self.pid, tid), tid)),
                 None if running_too => out.push((true, 0, tid)),
+                // Stopped by job control at the end of whatever it did.
+                Some(_) if running_too && procfs::Status::of_thread(self.pid, tid).is_ok_and(|s| s.state == 'T') => {
+                    out.push((true, 0, tid));
+                }
                 _ => {}
             }
         }
@@ -101,14 +124,14 @@ impl PtraceProcess {
     fn borrow_thread(
         &mut self,
         what: &'static str,
-        purpose: Purpose,
+        purpose: Purpose<'_>,
         accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
         deadline: Instant,
     ) -> Result<Borrowed, ProcessError> {
         self.gadgets()?;
         loop {
             self.release_lingering();
-            for tid in self.candidates(purpose == Purpose::SystemCalls)? {
+            for tid in self.candidates(matches!(purpose, Purpose::SystemCalls(_)))? {
                 if self.lingering.iter().any(|r| r.tid() == tid) {
                     continue;
                 }
@@ -118,6 +141,9 @@ impl PtraceProcess {
                 if Instant::now() >= deadline {
                     break;
                 }
+            }
+            if let Some(mode) = self.confined.take() {
+                return Err(ProcessError::Confined { pid: self.pid, mode });
             }
             if Instant::now() >= deadline {
                 return Err(ProcessError::NoIdleThread { pid: self.pid, what });
@@ -132,7 +158,7 @@ impl PtraceProcess {
     fn try_borrow(
         &mut self,
         tid: Tid,
-        purpose: Purpose,
+        purpose: Purpose<'_>,
         accept: &mut dyn FnMut(&HeldThread, &dyn ReadMemory) -> bool,
     ) -> Result<Option<Borrowed>, ProcessError> {
         let runs = procfs::run_count(self.pid, tid);
@@ -146,12 +172,8 @@ impl PtraceProcess {
         let mut running = running;
         let stopped = loop {
             match running.wait(until) {
-                Waited::Stopped(s) if s.stop() == Stop::Interrupt => break s,
-                // Stopped by job control: not to be borrowed.
-                Waited::Stopped(s) if s.stop() == Stop::Group => {
-                    s.detach();
-                    return Ok(None);
-                }
+                // Stopped by job control: it runs for us, and the kernel stops it again when it is let go.
+                Waited::Stopped(s) if matches!(s.stop(), Stop::Interrupt | Stop::Group) => break s,
                 Waited::Stopped(s) => {
                     let born = s.born();
                     running = s.resume();
@@ -173,18 +195,19 @@ impl PtraceProcess {
         };
         tracee::hide_eintr(&stopped, &mut registers);
         let held = HeldThread { tid, is_main: tid.0 == self.pid.0, registers: tracee::registers(&registers) };
-        let suitable = tracee::restarts(&registers)
+        // Job control stops a thread where no call is under way any more: it has its result, or starts anew.
+        let suitable = (tracee::restarts(&registers) || stopped.stop() == Stop::Group)
             && registers.cs == 0x33
             && self.outside_rseq(tid)
-            && procfs::Status::of_thread(self.pid, tid).is_ok_and(|s| s.seccomp == 0)
-            && accept(&held, self);
+            && accept(&held, self)
+            && self.may_call(tid, purpose);
         let kept = suitable.then(|| Some((sys::signal_mask(tid.0).ok()?, sys::vector_state(tid.0).ok()?))).flatten();
         let Some((mask, vector)) = kept else {
             stopped.detach();
             return Ok(None);
         };
         let gadgets = self.gadgets()?;
-        let spare = if purpose == Purpose::Function { CALL_STACK } else { 0 };
+        let spare = if matches!(purpose, Purpose::Function) { CALL_STACK } else { 0 };
         let maps = self.mappings()?;
         let frame = Frame::new(&registers, mask, &vector, &gadgets);
         let Some(frame) = frame.filter(|f| f.fits(registers.rsp, &maps, spare)) else {
@@ -204,6 +227,35 @@ impl PtraceProcess {
             return Ok(None);
         }
         Ok(Some(borrowed))
+    }
+
+    /// Whether no seccomp filter of a stopped thread stands in the way, or it is suspended until the thread is let go.
+    ///
+    /// If we die meanwhile the suspension ends with us: the way back, `rt_sigreturn`, must always be allowed.
+    fn may_call(&mut self, tid: Tid, purpose: Purpose<'_>) -> bool {
+        const STRICT: u32 = 1;
+        let mode = procfs::Status::of_thread(self.pid, tid).map_or(u32::MAX, |s| s.seccomp);
+        if mode == 0 {
+            return true;
+        }
+        let from = self.gadgets.map_or(0, |g| g.syscall_ret.0 + SYSCALL.len() as u64);
+        let allowed = match mode {
+            STRICT => Some(false),
+            _ => sys::seccomp_filters(tid.0).ok().and_then(|filters| {
+                let allows = |number, args| seccomp::allows(&filters, &seccomp::Call { number, from, args });
+                allows(libc::SYS_rt_sigreturn, [0; 6])
+                    .then(|| purpose.calls().into_iter().all(|(number, args)| allows(number, args)))
+            }),
+        };
+        let may = match allowed {
+            Some(true) => true,
+            Some(false) => sys::suspend_seccomp(tid.0).is_ok(),
+            None => false,
+        };
+        if !may {
+            self.confined = Some(mode);
+        }
+        may
     }
 
     /// Whether the thread is in no restartable sequence: moving its program counter would abort that.
@@ -237,7 +289,7 @@ impl PtraceProcess {
         let mut running = thread.resume_to_interrupt();
         let thread = loop {
             match running.wait(Instant::now()) {
-                Waited::Stopped(s) if s.stop() == Stop::Interrupt => break s,
+                Waited::Stopped(s) if matches!(s.stop(), Stop::Interrupt | Stop::Group) => break s,
                 Waited::Stopped(s) => running = s.resume_to_interrupt(),
                 Waited::Gone => return Err(ProcessError::Gone(self.pid)),
                 Waited::Late(r) => running = r,
@@ -252,7 +304,7 @@ impl PtraceProcess {
 
     pub(super) fn remote_calls(&mut self, calls: &[RemoteCall], deadline: Instant) -> Result<(), ProcessError> {
         let what = "make a system call";
-        let mut borrowed = self.borrow_thread(what, Purpose::SystemCalls, &mut |_, _| true, deadline)?;
+        let mut borrowed = self.borrow_thread(what, Purpose::SystemCalls(calls), &mut |_, _| true, deadline)?;
         let mut result = Ok(());
         for call in calls {
             let (back, outcome) = self.one_call(borrowed, *call)?;
@@ -334,7 +386,7 @@ impl PtraceProcess {
     /// Writes by PTRACE_POKETEXT on a thread borrowed for it.
     pub(super) fn poke_borrowed(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
         let deadline = Instant::now() + Duration::from_secs(1);
-        let borrowed = self.borrow_thread("write memory", Purpose::SystemCalls, &mut |_, _| true, deadline)?;
+        let borrowed = self.borrow_thread("write memory", Purpose::SystemCalls(&[]), &mut |_, _| true, deadline)?;
         let result = self.poke(borrowed.thread.tid(), at, bytes);
         self.give_back(borrowed)?;
         result.map_err(|source| ProcessError::Write { pid: self.pid(), at, len_bytes: bytes.len(), source })

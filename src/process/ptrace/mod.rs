@@ -20,6 +20,7 @@ mod borrow;
 mod frame;
 mod hold;
 pub mod procfs;
+mod seccomp;
 mod sys;
 mod tracee;
 
@@ -42,6 +43,8 @@ pub struct PtraceProcess {
     /// Traced threads that could not be stopped and so not be let go.
     lingering: Vec<tracee::Running>,
     poke_only: bool,
+    /// The seccomp mode of a thread that was not borrowed because of it.
+    confined: Option<u32>,
 }
 
 /// The right to change a process, until dropped.
@@ -89,6 +92,7 @@ impl PtraceProcess {
             gadgets: None,
             lingering: Vec::new(),
             poke_only: false,
+            confined: None,
         };
         for tid in procfs::threads(pid).map_err(os("list the threads"))? {
             process.first_runs.insert(tid, procfs::run_count(pid, tid));

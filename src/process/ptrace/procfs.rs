@@ -185,6 +185,15 @@ impl Blocked {
     }
 }
 
+/// Whether this very process has CAP_SYS_ADMIN.
+#[must_use]
+pub fn may_administer() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    line.is_some_and(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set >> CAP_SYS_ADMIN & 1 == 1))
+}
+
 /// Every process on this host.
 #[must_use]
 pub fn processes() -> Vec<Pid> {

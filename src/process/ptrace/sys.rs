@@ -38,6 +38,27 @@ pub fn seize(tid: pid_t) -> io::Result<()> {
     request(libc::PTRACE_SEIZE, tid, 0, PTRACE_EVENT_STOP_FLAG).map(drop)
 }
 
+/// The seccomp filters of a stopped thread, the newest first; needs CAP_SYS_ADMIN.
+pub fn seccomp_filters(tid: pid_t) -> io::Result<Vec<Vec<libc::sock_filter>>> {
+    const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+    let mut out = Vec::new();
+    loop {
+        let count = match request(PTRACE_SECCOMP_GET_FILTER, tid, out.len(), 0) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(out),
+            other => usize::try_from(other?).unwrap_or(0),
+        };
+        let mut filter = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; count];
+        request(PTRACE_SECCOMP_GET_FILTER, tid, out.len(), filter.as_mut_ptr() as usize)?;
+        out.push(filter);
+    }
+}
+
+/// Lets no seccomp filter look at what a stopped thread does, until it is let go; needs CAP_SYS_ADMIN.
+pub fn suspend_seccomp(tid: pid_t) -> io::Result<()> {
+    const PTRACE_O_SUSPEND_SECCOMP: usize = 1 << 21;
+    request(libc::PTRACE_SETOPTIONS, tid, 0, PTRACE_EVENT_STOP_FLAG | PTRACE_O_SUSPEND_SECCOMP).map(drop)
+}
+
 /// PTRACE_INTERRUPT.
 pub fn interrupt(tid: pid_t) -> io::Result<()> {
     request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
