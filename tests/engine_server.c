@@ -2,7 +2,6 @@
  * that nothing about that ever looks different. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <linux/seccomp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
@@ -182,7 +181,7 @@ static int sharer(void *arg)
 		pause();
 }
 
-int main(int argc, char **argv)
+int main(void)
 {
 	void *(*const list[])(void *) = { in_epoll, in_sleep, in_read, in_wait, in_sigwait, in_registers };
 	pthread_t t;
@@ -197,13 +196,6 @@ int main(int argc, char **argv)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	for (unsigned i = 0; i < sizeof list / sizeof *list; i++)
 		pthread_create(&t, NULL, list[i], NULL);
-	if (argc > 1 && !strcmp(argv[1], "seccomp")) {
-		struct { unsigned short code; unsigned char jt, jf; unsigned k; } allow = { 6, 0, 0, 0x7fff0000 };
-		struct { unsigned short len; void *filter; } prog = { 1, &allow };
-		prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-		if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &prog))
-			return 1;
-	}
 	usleep(20000);
 	printf("ready\n");
 	fflush(stdout);
