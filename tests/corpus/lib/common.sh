@@ -20,15 +20,28 @@ need_pkgs() { # install what is missing
   DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $miss >/dev/null 2>&1 && return 0
   apt-get update >/dev/null 2>&1; DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $miss >/dev/null
 }
+src_apt() { # src_apt WORDS... : apt with the machine's own archives, sources included, and lists of its own; the system's stay as they are
+  local d=$CORPUS_CACHE/_apt
+  if [ ! -e "$d/ready" ]; then
+    mkdir -p "$d/lists/partial" "$d/parts"
+    cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null | sed -n 's/^deb /deb-src /p' > "$d/sources.list"
+    for f in /etc/apt/sources.list.d/*.sources; do
+      [ ! -e "$f" ] || sed 's/^Types:.*/Types: deb-src/' "$f" > "$d/parts/$(basename "$f")"
+    done
+    nice apt-get -o Dir::Etc::sourcelist="$d/sources.list" -o Dir::Etc::sourceparts="$d/parts" -o Dir::State::lists="$d/lists" -qq update >/dev/null 2>&1 && touch "$d/ready"
+  fi
+  local tool=$1; shift
+  nice "$tool" -o Dir::Etc::sourcelist="$d/sources.list" -o Dir::Etc::sourceparts="$d/parts" -o Dir::State::lists="$d/lists" "$@"
+}
 get_src() { # get_src PKG VERSION DESTDIR : unpatched Debian source; the pinned version first, else any that can be had
   local pkg=$1 ver=$2 dest=$3 dl=$CORPUS_CACHE/_dl v dsc
   mkdir -p "$dl"; need_pkgs dpkg-dev patch xz-utils
   ( cd "$dl" || exit 1
-    for v in "$ver" $(apt-cache showsrc "$pkg" 2>/dev/null | sed -n 's/^Version: //p' | sort -u); do
+    for v in "$ver" $(src_apt apt-cache showsrc "$pkg" 2>/dev/null | sed -n 's/^Version: //p' | sort -u); do
       dsc="${pkg}_${v#*:}.dsc"
       [ -e "$dsc.ok" ] && { echo "$dsc" > ".$pkg.$NAME"; exit 0; }
-      if nice apt-get source -q -q --download-only "$pkg=$v" >/dev/null 2>&1; then touch "$dsc.ok"; echo "$dsc" > ".$pkg.$NAME"; exit 0; fi
-    done; exit 1 ) || { echo "the Debian source archive has no $pkg $ver, or can't be reached: \`apt-get source $pkg\` needs a deb-src line and a network" >&2; return 1; }
+      if src_apt apt-get source -q -q --download-only "$pkg=$v" >/dev/null 2>&1; then touch "$dsc.ok"; echo "$dsc" > ".$pkg.$NAME"; exit 0; fi
+    done; exit 1 ) || { echo "the Debian source archive has no $pkg $ver, or can't be reached: \`apt-get source $pkg\` needs a network" >&2; return 1; }
   rm -rf "$dest"; mkdir -p "$(dirname "$dest")"
   dpkg-source --no-check --skip-patches -x "$dl/$(cat "$dl/.$pkg.$NAME")" "$dest" >/dev/null 2>&1
 }
