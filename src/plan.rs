@@ -6,6 +6,7 @@ use crate::maps::{self, Mapping, PAGE};
 use crate::patch::{Function, PatchFile, RelocKind, RelocTarget, SegmentKind, ENTRY_JUMP_LEN};
 use crate::process::Access;
 
+pub mod beside;
 mod refusal;
 
 pub use refusal::Refusal;

@@ -197,6 +197,8 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
             allowances: &allowances,
             types: &types,
             layouts: &contract.layouts,
+            together: &contract.together(),
+            unlike: &contract.unlike,
             statics: &contract.statics,
             after: after.as_ref(),
         };

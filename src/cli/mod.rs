@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use livepatch::patch::PatchFile;
 use livepatch::patcher::{patched_processes, CheckReport, Error, Options, Patcher, Report};
+use livepatch::plan::beside::Consistency;
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
@@ -101,12 +102,33 @@ struct PatchArgs {
     /// Leave all processes as they were when one refuses: checks all before it applies, and reverts what it applied.
     #[arg(long)]
     all_or_none: bool,
-    /// What no thread may be inside of: `stack`, the whole stack (`entry` is not in this version).
-    #[arg(long, default_value = "stack", value_parser = ["stack"])]
-    consistency: String,
+    #[command(flatten)]
+    inside: Inside,
     /// Holds from outside even where an agent is linked in: always so in this version.
     #[arg(long)]
     hold: bool,
+}
+
+/// What no thread may be inside of when the code switches.
+#[derive(Args)]
+struct Inside {
+    /// What no thread may be inside of: `stack`, any function of the patch; or `entry`, only the bytes that are written: calls that began
+    /// before go on in the code that they began in, beside the other.
+    #[arg(long, default_value = "stack", value_parser = ["stack", "entry"])]
+    consistency: String,
+    /// A function in which threads may stay, such as an event loop that never returns; as the report spells it.
+    #[arg(long, value_name = "FUNC")]
+    leave_running: Vec<String>,
+}
+
+impl Inside {
+    fn consistency(&self) -> Consistency {
+        match (self.consistency.as_str(), &self.leave_running[..]) {
+            ("entry", _) => Consistency::Entry,
+            (_, []) => Consistency::Stack,
+            (_, names) => Consistency::StackBut(names.to_vec()),
+        }
+    }
 }
 
 #[derive(Args)]
@@ -117,6 +139,8 @@ struct RevertArgs {
     /// Reverts all patches, the newest first.
     #[arg(long)]
     all: bool,
+    #[command(flatten)]
+    inside: Inside,
     #[command(flatten)]
     which: Which,
     #[command(flatten)]
@@ -261,6 +285,7 @@ impl PatchArgs {
             timeout: self.common.timeout,
             hold: self.common.hold_deadline,
             allow_contexts: !self.allow.is_empty(),
+            consistency: self.inside.consistency(),
         };
         Ok((pids, patch, options))
     }
@@ -378,7 +403,12 @@ fn revert(args: &RevertArgs) -> u8 {
         eprintln!("livepatch: no process matches");
         return 6;
     }
-    let options = Options { timeout: args.common.timeout, hold: args.common.hold_deadline, allow_contexts: true };
+    let options = Options {
+        timeout: args.common.timeout,
+        hold: args.common.hold_deadline,
+        allow_contexts: true,
+        consistency: args.inside.consistency(),
+    };
     let json = args.common.json;
     let mut code = 0;
     for pid in pids {
@@ -402,7 +432,7 @@ fn recover(args: &RecoverArgs) -> u8 {
         Ok(pids) => pids,
         Err(e) => return usage(&e),
     };
-    let options = Options { timeout: args.common.timeout, hold: args.common.hold_deadline, allow_contexts: true };
+    let options = Options { timeout: args.common.timeout, hold: args.common.hold_deadline, ..Options::default() };
     let mut code = 0;
     for pid in pids {
         match Patcher::open(Pid(pid)).and_then(|mut p| p.recover(&options)) {

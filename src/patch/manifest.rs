@@ -1,4 +1,4 @@
-//! The manifest: what a patch replaces and needs, in JSON. Format 3; a manifest of format 2 is one without `linked`, and
+//! The manifest: what a patch replaces and needs, in JSON. Format 3; a manifest of format 2 is one without `linked` and `together`, and
 //! [`v1`](super::v1) reads the one before.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -90,6 +90,10 @@ pub struct Manifest {
     pub states: Vec<StateVersion>,
     /// The layouts of types that the patch brings: a later patch is held against them.
     pub layouts: Vec<TypeLayout>,
+    /// What old and new code of the patch do not agree on, types with another layout above all: they must not run side by
+    /// side. `None` in formats that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub together: Option<Vec<String>>,
     /// What the old build has linked into itself; `None` in formats that did not record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub linked: Option<Linked>,
@@ -286,6 +290,17 @@ pub struct OldFunction {
     pub companions: Vec<Companion>,
     /// The entry jump, unless only code of this patch can reach the function.
     pub entry: Option<Entry>,
+    /// The entry jump of a function that only this patch reaches: for when old callers of it may go on. It has the old contract.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry_beside: Option<Entry>,
+}
+
+impl OldFunction {
+    /// Its entry jump, for whichever consistency it is.
+    #[must_use]
+    pub fn any_entry(&self) -> Option<&Entry> {
+        self.entry.as_ref().or(self.entry_beside.as_ref())
+    }
 }
 
 /// An out-of-line part of an old function.

@@ -161,9 +161,9 @@ impl PatchFile {
         let json = section(&elf, bytes, MANIFEST_SECTION)?.ok_or(PatchError::NotAPatch("manifest"))?;
         let manifest = match version {
             1 => super::v1::read(json),
-            2 => serde_json::from_slice(json).and_then(|m: Manifest| match m.linked {
-                Some(_) => Err(serde::de::Error::unknown_field("linked", &[])),
-                None => Ok(m),
+            2 => serde_json::from_slice(json).and_then(|m: Manifest| match (&m.linked, &m.together) {
+                (None, None) => Ok(m),
+                _ => Err(serde::de::Error::custom("linked, together: not in this format")),
             }),
             _ => serde_json::from_slice(json),
         };
@@ -436,7 +436,10 @@ fn check_manifest(manifest: &Manifest, segments: &[Segment]) -> Result<(), Patch
         if old.companions.iter().any(|c| c.at.checked_add(c.size).is_none() || c.sha256.0.len() != 32) {
             return bad(&f.name, "a companion is described wrongly");
         }
-        let Some(entry) = &old.entry else { continue };
+        if old.entry.is_some() && old.entry_beside.is_some() {
+            return bad(&f.name, "it has two entry jumps");
+        }
+        let Some(entry) = old.any_entry() else { continue };
         let offset = entry.at.offset_from(old.at);
         let inside = offset == Some(0) || offset == Some(4);
         let past_end = offset.map(|o| (o + ENTRY_JUMP_LEN).saturating_sub(old.size));
@@ -445,7 +448,7 @@ fn check_manifest(manifest: &Manifest, segments: &[Segment]) -> Result<(), Patch
         }
     }
     let mut entries: Vec<_> =
-        manifest.functions.iter().filter_map(|f| f.old.as_ref()?.entry.as_ref()).map(|e| e.at).collect();
+        manifest.functions.iter().filter_map(|f| f.old.as_ref()?.any_entry()).map(|e| e.at).collect();
     entries.sort_unstable();
     if entries.windows(2).any(|w| w[1].0 - w[0].0 < ENTRY_JUMP_LEN) {
         return Err(malformed("two entry jumps overlap"));

@@ -74,6 +74,7 @@ impl Patcher {
         }
         let facts = self.check_code(image, patch, replaced.as_ref())?;
         let previous = replaced.as_ref().map(|r| r.found.payload.base);
+        plan::beside::check(patch, &facts, &options.consistency)?;
         let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous };
         let static_program = self.is_static(image)?.then(|| image.clone());
         let register_frame = match (&static_program, &manifest.linked) {
@@ -86,7 +87,10 @@ impl Patcher {
         // One whose tables may be registered or not is left alone for good, as is one of a library that was loaded elsewhere then.
         let known = |r: &&Found| {
             let usable = r.mutable.unwind != Unwind::Registering && self.is_loaded(r);
-            r.payload.digest.0 == patch.digest && usable
+            // With another consistency it may have had other entries.
+            let entered = manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
+            let same = r.payload.entries.len() == entered.count() + manifest.redirects.len();
+            r.payload.digest.0 == patch.digest && usable && same
         };
         let earlier = records.iter().find(known);
         let planned = match earlier {

@@ -10,6 +10,7 @@ use crate::insn;
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
+use crate::plan::beside::{self, Consistency};
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
@@ -44,11 +45,18 @@ pub struct Options {
     pub hold: Duration,
     /// Go on although the process switches stacks by itself: `--allow contexts`.
     pub allow_contexts: bool,
+    /// What no thread may be inside of when the code switches.
+    pub consistency: Consistency,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(5), hold: Duration::from_millis(100), allow_contexts: false }
+        Self {
+            timeout: Duration::from_secs(5),
+            hold: Duration::from_millis(100),
+            allow_contexts: false,
+            consistency: Consistency::Stack,
+        }
     }
 }
 
@@ -139,6 +147,7 @@ impl Patcher {
     ///
     /// Why it would not.
     pub fn check(&self, patch: &PatchFile, options: &Options) -> Result<CheckReport, Error> {
+        let patch = &*beside::adapt(patch, &options.consistency);
         let inspected = self.unless_ended(self.inspect(patch, options))?;
         let mut report = CheckReport {
             pid: self.process.pid().0,
@@ -165,6 +174,7 @@ impl Patcher {
     }
 
     fn try_apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
+        let patch = &*beside::adapt(patch, &options.consistency);
         let _undisturbed = Undisturbed::begin();
         let _lock = self.process.lock()?;
         self.finished()?;
@@ -217,7 +227,7 @@ impl Patcher {
             Ok(times) => times,
             Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
         };
-        let watch = place.watch(staged.watched());
+        let watch = place.watch(options.consistency.relax(staged.watched()));
         let committed = loop {
             let ready = retry.tables_if_wanted(staged.process(), &self.images);
             let ready = ready.and_then(|()| Ok(StackMap::new(&staged.process().mappings()?)));
@@ -280,12 +290,14 @@ impl Patcher {
         let patch = newest.payload.patch.clone();
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
         let applied = Applied::new(newest)?;
+        applied.may_revert(&options.consistency)?;
         applied.check_entries(&self.process)?;
         let place = Place::new(&self.process, &self.images, &self.maps, &patch);
         let mut retry = Retry::new(deadline, options.hold);
         let (leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
         let led = place.rewrite(&mut self.process, &leads, windows.clone(), &mut retry);
-        let held = led.and_then(|times| Ok((times, place.revert(&mut self.process, applied, &mut retry)?)));
+        let held = led
+            .and_then(|times| Ok((times, place.revert(&mut self.process, applied, &options.consistency, &mut retry)?)));
         let (mut longest, reverted) = match held {
             Ok(done) => done,
             Err(e) => {

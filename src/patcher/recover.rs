@@ -232,7 +232,7 @@ impl Patcher {
         applied.keep_written(&self.process);
         let place = Place::new(&self.process, &self.images, &self.maps, &patch);
         let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
-        place.revert(&mut self.process, applied, &mut retry)?;
+        place.revert(&mut self.process, applied, &options.consistency, &mut retry)?;
         Ok(Outcome::Reverted)
     }
 }
@@ -266,6 +266,7 @@ mod tests {
             stub: region.end,
             eh_frame: None,
             record_bytes: 0,
+            beside: false,
             entries: vec![entry(AT), entry(AT + 16)],
             functions: Vec::new(),
         };

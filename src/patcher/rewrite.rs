@@ -3,6 +3,7 @@
 use super::{signal_returns, Error, Retry};
 use crate::image::Image;
 use crate::maps::Mapping;
+use crate::plan::beside::Consistency;
 use crate::plan::CodeEdit;
 use crate::process::ptrace::PtraceProcess;
 use crate::process::{HoldTimes, Process};
@@ -68,9 +69,10 @@ impl<'a> Place<'a> {
         &self,
         process: &mut PtraceProcess,
         mut applied: Applied,
+        consistency: &Consistency,
         retry: &mut Retry,
     ) -> Result<Reverted, Error> {
-        let watch = self.watch(applied.watched());
+        let watch = self.watch(consistency.relax(applied.watched()));
         loop {
             let stacks = StackMap::new(&process.mappings()?);
             retry.tables_if_wanted(process, self.images)?;

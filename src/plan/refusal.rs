@@ -141,6 +141,12 @@ pub enum Refusal {
         /// To.
         to: ProcAddr,
     },
+    /// Old and new code may not run side by side.
+    #[error("only the whole stack will do (--consistency stack): {why}")]
+    Beside {
+        /// Why not.
+        why: String,
+    },
     /// Another patch is applied.
     #[error("patch {applied} is applied")]
     OtherPatch {
@@ -228,6 +234,7 @@ impl Refusal {
             Self::Undecodable { .. } => "undecodable",
             Self::NoRoom { .. } => "no-room",
             Self::OutOfReach { .. } => "out-of-reach",
+            Self::Beside { .. } => "beside",
             Self::OtherPatch { .. } => "other-patch",
             Self::After { .. } => "after",
             Self::Unfinished { .. } => "unfinished",
@@ -268,6 +275,7 @@ impl Refusal {
             | Self::BranchIntoEntry { .. }
             | Self::Undecodable { .. } => "patch its callers instead".into(),
             Self::NoRoom { .. } | Self::OutOfReach { .. } => "restart the process, or make the patch smaller".into(),
+            Self::Beside { .. } => "apply it with --consistency stack, the default".into(),
             Self::OtherPatch { applied } => {
                 format!("build the patch with --after and the file of {applied}, or revert that first (livepatch revert PID {applied})")
             }

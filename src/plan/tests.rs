@@ -52,6 +52,7 @@ fn function(code: &[u8], padding: u64) -> Function {
             branches_to_entry: false,
             companions: Vec::new(),
             entry: Some(Entry { at: ImageAddr(0x1000), original: HexBytes(code[..5].to_vec()), padding }),
+            entry_beside: None,
         }),
     }
 }

@@ -197,6 +197,9 @@ pub struct Payload {
     pub eh_frame: Option<RangeRecord>,
     /// Bytes of the record's part of the mapping: whole pages.
     pub record_bytes: u64,
+    /// Whether old and new code agree on all that they share, so that they may run side by side.
+    #[serde(default)]
+    pub beside: bool,
     /// The entry jumps.
     pub entries: Vec<EntryRecord>,
     /// The functions.
@@ -366,6 +369,7 @@ mod tests {
             stub: ProcAddr(0x8000),
             eh_frame: Some(range),
             record_bytes: 4096,
+            beside: true,
             entries: vec![EntryRecord {
                 function: "f".into(),
                 at: ProcAddr(0x1000),

@@ -31,6 +31,15 @@ pub struct Watched {
 }
 
 impl Watched {
+    /// The name of the code that leads to old or new functions while a patch is switched.
+    pub const STUBS: &'static str = "the switch stubs";
+
+    /// Whether it is that code.
+    #[must_use]
+    pub fn is_stub(&self) -> bool {
+        self.name == Self::STUBS
+    }
+
     /// Whether a thread interrupted at `pc` stands in it.
     #[must_use]
     pub fn holds_pc(&self, pc: ProcAddr) -> bool {

@@ -43,6 +43,7 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, facts:
         stub: layout.stub,
         eh_frame,
         record_bytes: layout.stub.offset_from(layout.region.start)?,
+        beside: crate::plan::beside::agree(patch).is_ok(),
         entries: Vec::new(),
         functions,
     })
@@ -76,7 +77,7 @@ pub(super) fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
 pub(super) fn stubs(payload: &Payload) -> Option<Watched> {
     payload.entries.iter().any(|e| e.lead.is_some()).then_some(())?;
     let range = ProcRange { start: payload.stub.checked_add(PAGE)?, end: payload.base };
-    Some(Watched { name: "the switch stubs".into(), range, part: Part::Companion })
+    Some(Watched { name: Watched::STUBS.into(), range, part: Part::Companion })
 }
 
 /// Old bodies, their companions, all entry windows and switch stubs.

@@ -3,6 +3,7 @@
 use super::record::{stubs, watch_new, windows};
 use super::{hold_and_swap, straight, swap, RecordEdit, TransactionError};
 use crate::memory::ReadMemory;
+use crate::plan::beside::Consistency;
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::{HoldLimits, HoldTimes, Process, StackCheck};
 use crate::registry::{EntryRecord, Found, Payload};
@@ -50,6 +51,25 @@ impl Applied {
     #[must_use]
     pub fn payload(&self) -> &Payload {
         &self.found.payload
+    }
+
+    /// Whether it may be reverted with this consistency.
+    ///
+    /// # Errors
+    ///
+    /// Old and new code do not agree, or the patch replaces no function of that name.
+    pub fn may_revert(&self, consistency: &Consistency) -> Result<(), Refusal> {
+        let why = match consistency {
+            Consistency::Stack => return Ok(()),
+            _ if !self.found.payload.beside => "old and new code do not agree on all that they share".into(),
+            Consistency::Entry => return Ok(()),
+            Consistency::StackBut(names) => {
+                let known = |n: &&String| !self.found.payload.functions.iter().any(|f| f.demangled == **n);
+                let Some(name) = names.iter().find(known) else { return Ok(()) };
+                format!("the patch replaces no function {name}")
+            }
+        };
+        Err(Refusal::Beside { why })
     }
 
     /// How many entries it has.

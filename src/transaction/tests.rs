@@ -34,6 +34,7 @@ fn function(i: u64) -> Function {
             branches_to_entry: false,
             companions: Vec::new(),
             entry: Some(Entry { at: ImageAddr(0x100 + i * 16), original: HexBytes(BODY[..5].to_vec()), padding: 0 }),
+            entry_beside: None,
         }),
     }
 }

@@ -246,6 +246,7 @@ fn old_function(old: &Old, name: &str) -> OldFunction {
         sha256: hash(&body),
         branches_to_entry: false,
         companions: companions.collect(),
+        entry_beside: None,
         entry: Some(Entry {
             at: ImageAddr(at + skip),
             original: HexBytes(old.code(at + skip, ENTRY_JUMP_LEN)),

@@ -54,6 +54,8 @@ pub struct Contract {
     pub refusals: Vec<Refusal>,
     /// What differs and does no harm.
     pub notes: Vec<String>,
+    /// Old functions whose new version has another signature; only the patch calls them.
+    pub unlike: BTreeSet<FuncId>,
     /// Types with another layout that functions of the patch mention, by the function's id in the new build.
     pub layouts_used: BTreeMap<FuncId, Vec<String>>,
     /// How many types were compared.
@@ -67,6 +69,13 @@ pub struct Contract {
 }
 
 impl Contract {
+    /// The types on which old and new functions of the patch do not agree, each once.
+    #[must_use]
+    pub fn together(&self) -> Vec<String> {
+        let all: BTreeSet<&String> = self.layouts_used.values().flatten().collect();
+        all.into_iter().map(|name| format!("the layout of {name}")).collect()
+    }
+
     /// One line for the report and the manifest; `allowed` are the refusals that somebody answers for.
     #[must_use]
     pub fn summary(&self, allowed: &[String]) -> String {
@@ -209,6 +218,7 @@ impl Guard<'_, '_> {
                 let name = demangle(func.name());
                 if !jumped_to {
                     if !found.wrong.is_empty() {
+                        self.out.unlike.insert(*f);
                         self.out.notes.push(format!("{name} changes its signature; only the patch calls it"));
                     }
                     continue;

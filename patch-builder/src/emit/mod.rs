@@ -5,7 +5,7 @@ mod elf;
 mod frames;
 mod linked;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use livepatch::addr::ImageAddr;
 use livepatch::patch::{
@@ -117,6 +117,10 @@ pub struct About<'a> {
     pub types: &'a str,
     /// The layouts that it brings.
     pub layouts: &'a [LayoutRecord],
+    /// What old and new code do not agree on.
+    pub together: &'a [String],
+    /// Old functions whose new version has another signature.
+    pub unlike: &'a BTreeSet<FuncId>,
     /// The digest of the type of each new static, by its place in the new build.
     pub statics: &'a BTreeMap<u64, String>,
     /// The patch that it takes the place of.
@@ -246,6 +250,7 @@ pub fn emit(
     let mut manifest = manifest(old, new, diff, selection, &layout, about, &mut refusals);
     manifest.allowances = about.allowances.to_vec();
     manifest.types = about.types.to_owned();
+    manifest.together = Some(about.together.to_vec());
     manifest.layouts = about.layouts.iter().filter_map(type_layout).collect();
     if !refusals.is_empty() {
         return Err(refusals);
@@ -480,10 +485,12 @@ fn manifest(
                     sha256: sha(old.build.code(*p)),
                 }
             });
-            let entry = plan.at.and_then(|at| {
+            let entry = |(at, padding)| {
                 let original = old.build.bytes(at, patch::ENTRY_JUMP_LEN)?.to_vec();
-                Some(Entry { at: ImageAddr(at), original: HexBytes(original), padding: plan.padding })
-            });
+                Some(Entry { at: ImageAddr(at), original: HexBytes(original), padding })
+            };
+            let entry_beside = plan.beside.filter(|_| !about.unlike.contains(f)).and_then(entry);
+            let entry = plan.at.and_then(|at| entry((at, plan.padding)));
             if plan.at.is_some() && entry.is_none() {
                 let symbol = demangle(of.name());
                 let message = format!("the bytes of {symbol}'s entry are not in the file");
@@ -502,6 +509,7 @@ fn manifest(
                 branches_to_entry: plan.branches_to_entry,
                 companions: companions.collect(),
                 entry,
+                entry_beside,
             };
             functions.push(Function {
                 name: of.name().to_owned(),

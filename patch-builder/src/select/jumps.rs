@@ -23,6 +23,8 @@ pub struct EntryPlan {
     pub reached_by: Option<&'static str>,
     /// How many of its bytes lie in the padding behind the function.
     pub padding: u64,
+    /// Where a jump could go and how much of it is padding, if only the patch reaches the function.
+    pub beside: Option<(u64, u64)>,
     /// Whether the function branches back to its first instruction.
     pub branches_to_entry: bool,
     /// Its out-of-line parts.
@@ -155,6 +157,8 @@ pub fn plan(
                     "patch its callers instead",
                 ),
             }
+        } else {
+            plan.beside = window(old, f, &lifted.branch_targets).ok();
         }
         out.insert(f, plan);
     }
