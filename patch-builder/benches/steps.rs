@@ -3,7 +3,7 @@
 //!
 //!     cargo bench -p patch-builder --bench steps
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -75,8 +75,16 @@ fn steps(c: &mut Criterion) {
     c.bench_function("select", |bench| bench.iter(|| cut().pieces.len()));
     let selection = cut();
     assert!(selection.refusals.is_empty() && selection.functions.len() > FUNCTIONS / 8, "the bench measures a patch");
-    let about =
-        About { name: "bench", allowances: &[], types: "", layouts: &[], statics: &BTreeMap::new(), after: None };
+    let about = About {
+        name: "bench",
+        allowances: &[],
+        types: "",
+        layouts: &[],
+        together: &[],
+        unlike: &BTreeSet::new(),
+        statics: &BTreeMap::new(),
+        after: None,
+    };
     let write = || emit(&a, &b, &found, &selection, &about).unwrap_or_else(|e| panic!("{e:?}"));
     c.bench_function("emit", |bench| bench.iter(|| write().bytes.len()));
     let patch = write();

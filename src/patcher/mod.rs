@@ -17,7 +17,7 @@ use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessErro
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
 use crate::stack::{Cfi, Part, Watched};
-use crate::transaction::{Applied, Planned, Staged, SwapError, TransactionError};
+use crate::transaction::{relax, Applied, Planned, Staged, SwapError, TransactionError};
 
 mod blame;
 mod error;
@@ -227,7 +227,7 @@ impl Patcher {
             Ok(times) => times,
             Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
         };
-        let watch = place.watch(options.consistency.relax(staged.watched()));
+        let watch = place.watch(relax(&options.consistency, staged.watched()));
         let committed = loop {
             let ready = retry.tables_if_wanted(staged.process(), &self.images);
             let ready = ready.and_then(|()| Ok(StackMap::new(&staged.process().mappings()?)));

@@ -9,7 +9,7 @@ use crate::process::ptrace::PtraceProcess;
 use crate::process::{HoldTimes, Process};
 use crate::quiesce::{Checker, NotClear, StackMap};
 use crate::stack::{WatchList, Watched};
-use crate::transaction::{rewrite, undone, Applied, Reverted, TransactionError};
+use crate::transaction::{relax, rewrite, undone, Applied, Reverted, TransactionError};
 
 /// How many entries one hold writes: some 2 µs each.
 const AT_ONCE: usize = 32;
@@ -72,7 +72,7 @@ impl<'a> Place<'a> {
         consistency: &Consistency,
         retry: &mut Retry,
     ) -> Result<Reverted, Error> {
-        let watch = self.watch(consistency.relax(applied.watched()));
+        let watch = self.watch(relax(consistency, applied.watched()));
         loop {
             let stacks = StackMap::new(&process.mappings()?);
             retry.tables_if_wanted(process, self.images)?;

@@ -5,7 +5,6 @@ use std::borrow::Cow;
 
 use super::{OldFacts, Refusal};
 use crate::patch::PatchFile;
-use crate::stack::{Part, Watched};
 
 /// What no thread may be inside of when the code switches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,14 +27,6 @@ impl Consistency {
             Self::StackBut(names) => names.iter().any(|n| n == function),
             Self::Entry => true,
         }
-    }
-
-    /// Leaves out of `watched` the bodies that threads may be inside of.
-    #[must_use]
-    pub fn relax(&self, mut watched: Vec<Watched>) -> Vec<Watched> {
-        let body = |w: &Watched| matches!(w.part, Part::Body { .. } | Part::Companion) && !w.is_stub();
-        watched.retain(|w| !(body(w) && self.leaves(&w.name)));
-        watched
     }
 }
 
@@ -98,31 +89,5 @@ pub fn check(patch: &PatchFile, facts: &[OldFacts], consistency: &Consistency) -
     match left.into_iter().find(|(f, facts)| jumped(f) && facts.branches_to_entry) {
         Some((f, _)) => Err(Refusal::Beside { why: format!("{} branches back to its own entry", f.demangled) }),
         None => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::addr::{ProcAddr, ProcRange};
-
-    fn watched(name: &str, part: Part) -> Watched {
-        Watched { name: name.into(), range: ProcRange { start: ProcAddr(1), end: ProcAddr(2) }, part }
-    }
-
-    #[test]
-    fn what_is_written_stays_watched() {
-        let body = Part::Body { branches_to_entry: false };
-        let all = vec![
-            watched("f", body),
-            watched("f", Part::Companion),
-            watched("f", Part::Window),
-            watched("g", body),
-            watched(Watched::STUBS, Part::Companion),
-        ];
-        let left = |c: Consistency| c.relax(all.clone()).len();
-        assert_eq!(left(Consistency::Stack), 5);
-        assert_eq!(left(Consistency::StackBut(vec!["f".into()])), 3);
-        assert_eq!(left(Consistency::Entry), 2);
     }
 }

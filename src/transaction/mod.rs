@@ -22,6 +22,7 @@ mod record;
 mod revert;
 mod swap;
 
+pub use record::relax;
 use record::{payload, stubs, watch_new, watch_old, windows, with_entries};
 pub use revert::{Applied, Reverted};
 pub use swap::SwapError;

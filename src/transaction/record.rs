@@ -3,6 +3,7 @@
 use crate::addr::{LoadBias, ProcRange};
 use crate::maps::PAGE;
 use crate::patch::{HexBytes, PatchFile};
+use crate::plan::beside::Consistency;
 use crate::plan::{CodeEdit, Layout, OldFacts};
 use crate::registry::{EntryRecord, FunctionRecord, OldRecord, Payload, RangeRecord};
 use crate::stack::{Part, Watched};
@@ -101,4 +102,38 @@ pub(super) fn watch_new(payload: &Payload) -> Vec<Watched> {
         .iter()
         .filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part }));
     new.chain(windows(payload)).chain(stubs(payload)).collect()
+}
+
+/// Leaves out of `watched` the bodies that threads may be inside of.
+#[must_use]
+pub fn relax(consistency: &Consistency, mut watched: Vec<Watched>) -> Vec<Watched> {
+    let body = |w: &Watched| matches!(w.part, Part::Body { .. } | Part::Companion) && !w.is_stub();
+    watched.retain(|w| !(body(w) && consistency.leaves(&w.name)));
+    watched
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::ProcAddr;
+
+    fn watched(name: &str, part: Part) -> Watched {
+        Watched { name: name.into(), range: ProcRange { start: ProcAddr(1), end: ProcAddr(2) }, part }
+    }
+
+    #[test]
+    fn what_is_written_stays_watched() {
+        let body = Part::Body { branches_to_entry: false };
+        let all = vec![
+            watched("f", body),
+            watched("f", Part::Companion),
+            watched("f", Part::Window),
+            watched("g", body),
+            watched(Watched::STUBS, Part::Companion),
+        ];
+        let left = |c: Consistency| relax(&c, all.clone()).len();
+        assert_eq!(left(Consistency::Stack), 5);
+        assert_eq!(left(Consistency::StackBut(vec!["f".into()])), 3);
+        assert_eq!(left(Consistency::Entry), 2);
+    }
 }

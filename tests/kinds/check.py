@@ -115,17 +115,22 @@ def live(kind, patch, script):
     if not any(line.startswith("ask ") for line in script):
         return "not seen from outside", []
     gateway = Gateway(f"{builds}/base/gw")
+    how = []
     try:
         for step, side in [(None, "old"), ("apply", "new"), ("revert", "old"), ("apply", "new")]:
             if step:
                 command = [f"{bin}/livepatch", step, str(gateway.child.pid)] + ([patch] if step == "apply" else [])
-                ran = subprocess.run(command, capture_output=True, text=True)
+                ran = subprocess.run(command + how, capture_output=True, text=True)
+                # Drift reaches functions that are never left: the patch says that old and new code agree.
+                if ran.returncode == 4 and mode == "default" and not how:
+                    how = ["--consistency", "entry"]
+                    ran = subprocess.run(command + how, capture_output=True, text=True)
                 if ran.returncode:
                     return "FAILED", [f"{step}: exit {ran.returncode}: {ran.stderr.strip()[:300]}"]
             wrong = gateway.is_at(script, side)
             if wrong:
                 return "FAILED", [f"after {step or 'the start'}, {wrong}"]
-        return "old, new, old, new", []
+        return "by entry: old, new, old, new" if how else "old, new, old, new", []
     finally:
         gateway.child.kill()
         gateway.child.wait()
