@@ -120,6 +120,10 @@ fn a_loop_that_never_returns_is_left_running() -> Outcome {
     let mut case = Case::new("loop", LOOP, &OLD, &NEW)?;
     case.program.ask("fee 70 by 1")?;
     case.run("apply", &[]).expect_code(4)?.expect_says(&["serve"])?;
+    let check = livepatch(&["check", &case.program.pid().to_string(), &case.fix.display().to_string()]);
+    if !check.expect_code(0)?.stdout.contains("is inside serve") {
+        return Err(format!("check does not tell who is inside: {}", check.both()));
+    }
     for how in [&["--leave-running", "serve"][..], &["--consistency", "entry"]] {
         case.run("apply", how).expect_code(0)?;
         case.program.ask("fee 75 by 1")?;

@@ -434,6 +434,24 @@ fn loaded_library(w: &Workshop) -> Outcome {
     Ok("refused before it is loaded, then works; unloaded and loaded again, too".into())
 }
 
+/// A breakpoint in the function, by another, and memory that is shared: both are said.
+fn two_reasons(w: &Workshop) -> Outcome {
+    use std::os::unix::fs::FileExt;
+    let mut target = w.kind("sharer")?;
+    target.ask("?", "fee 70")?;
+    let made = w.program(Link::Pie)?;
+    let symbols = run(Command::new("nm").arg(&made.old)).expect_code(0)?.stdout.clone();
+    let at = symbols.lines().find_map(|l| l.strip_suffix(" T rebate")).ok_or("no rebate")?;
+    let maps = fs::read_to_string(format!("/proc/{}/maps", target.pid)).map_err(|e| e.to_string())?;
+    let base = maps.split('-').next().unwrap_or_default();
+    let [at, base] = [at, base].map(|x| u64::from_str_radix(x, 16).unwrap_or(0));
+    let mem = fs::OpenOptions::new().write(true).open(format!("/proc/{}/mem", target.pid));
+    mem.and_then(|m| m.write_all_at(&[0xcc], base + at)).map_err(|e| e.to_string())?;
+    let ran = target.run("check", &[]);
+    ran.expect_code(3)?.expect_says(&["2 reasons", "shares the memory", "breakpoint"])?;
+    Ok("refused: both are said (exit 3)".into())
+}
+
 fn library_twice(w: &Workshop) -> Outcome {
     let library = w.library()?;
     let mut target = w.kind("twice")?;
@@ -484,6 +502,7 @@ const CASES: &[Case] = &[
     ("stopped by SIGSTOP", stopped),
     ("vfork all the time", vforks),
     ("memory shared by another process", |w| w.kind("sharer")?.refused(3, "shared-memory")),
+    ("shared memory and a breakpoint", two_reasons),
     ("signal stacks, handlers, signals", |w| works(w.kind("handlers")?)),
     ("system calls of every restart class", syscalls),
     ("io_uring with a polling thread", |w| works(w.kind("uring")?)),

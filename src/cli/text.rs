@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use livepatch::patcher::{CheckReport, Error, Outcome, ProcessStatus, Recovered, Report};
+use livepatch::plan::Refusal;
 use livepatch::registry::State;
 use serde_json::{json, Value};
 
@@ -71,6 +72,13 @@ pub fn check(r: &CheckReport) -> String {
     }
     for w in &r.warnings {
         let _ = writeln!(out, "  {w}");
+    }
+    for b in &r.inside {
+        let how = if b.certain { "is inside" } else { "may be inside" };
+        let _ = writeln!(out, "  now thread {} ({}) {how} {}", b.tid, b.thread, b.function);
+    }
+    if r.running > 0 {
+        let _ = writeln!(out, "  not looked at: {}", count(r.running, "running thread"));
     }
     out
 }
@@ -147,6 +155,10 @@ pub fn error_json(pid: Option<i32>, error: &Error) -> Value {
             "pid": pid,
             "refusal": {"kind": refusal.kind(), "message": refusal.to_string(), "remedy": refusal.remedy(), "waiting_helps": false},
         }),
+        Error::RefusedFor(all) => {
+            let each = |r: &Refusal| json!({"kind": r.kind(), "message": r.to_string(), "remedy": r.remedy(), "waiting_helps": false});
+            json!({"pid": pid, "refusal": all.first().map(each), "refusals": all.iter().map(each).collect::<Vec<_>>()})
+        }
         Error::NotQuiescent(why) => json!({
             "pid": pid,
             "refusal": {"kind": "not-quiescent", "message": error.to_string(), "remedy": "try again, or with a longer --timeout",

@@ -24,6 +24,9 @@ pub enum Error {
         #[from]
         refusal: Refusal,
     },
+    /// Several noes at once.
+    #[error("refused for {} reasons:{}", .0.len(), .0.iter().map(|r| format!("\n  {r}: {}", r.remedy())).collect::<String>())]
+    RefusedFor(Vec<Refusal>),
     /// Some thread stayed where it must not be.
     #[error(transparent)]
     NotQuiescent(#[from] Box<NotQuiescent>),
@@ -87,7 +90,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Refused { .. } => 3,
+            Self::Refused { .. } | Self::RefusedFor(_) => 3,
             Self::NotQuiescent(_) | Self::Process(ProcessError::NoIdleThread { .. }) => 4,
             Self::Process(
                 ProcessError::Gone(_)

@@ -23,6 +23,39 @@ fn is_system(image: &Image) -> bool {
     image.name.starts_with('[') || SYSTEM_LIBRARIES.iter().any(|l| image.short_name().starts_with(l))
 }
 
+/// Every reason against it, so that all are told at once.
+#[derive(Default)]
+struct Noes(Vec<Refusal>);
+
+impl Noes {
+    /// What was found, or nothing for a no, which is kept.
+    ///
+    /// # Errors
+    ///
+    /// Another error than a refusal.
+    fn ask<T>(&mut self, found: Result<T, Error>) -> Result<Option<T>, Error> {
+        match found {
+            Ok(found) => Ok(Some(found)),
+            Err(Error::Refused { refusal }) => {
+                self.0.push(refusal);
+                Ok(None)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    /// # Errors
+    ///
+    /// There are some.
+    fn none(&mut self) -> Result<(), Error> {
+        match std::mem::take(&mut self.0) {
+            noes if noes.is_empty() => Ok(()),
+            mut noes if noes.len() == 1 => Err(noes.remove(0).into()),
+            noes => Err(Error::RefusedFor(noes)),
+        }
+    }
+}
+
 /// How long a child of vfork may take to call exec before it counts as a sharer for good.
 const VFORK: Duration = Duration::from_secs(1);
 
@@ -47,13 +80,14 @@ impl Patcher {
 
     pub(super) fn inspect(&self, patch: &PatchFile, options: &Options) -> Result<Inspected, Error> {
         let image = self.target(patch)?;
-        self.check_confinement()?;
+        let mut noes = Noes::default();
+        noes.ask(self.check_confinement())?;
         let manifest = &patch.manifest;
         if let Some(hook) = manifest.hooks.first() {
-            return Err(Refusal::Unsupported { what: format!("the hook {}", hook.symbol) }.into());
+            noes.0.push(Refusal::Unsupported { what: format!("the hook {}", hook.symbol) });
         }
         if let Some(state) = manifest.states.first() {
-            return Err(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) }.into());
+            noes.0.push(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) });
         }
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
@@ -68,22 +102,24 @@ impl Patcher {
                 sequence,
             });
         }
-        let replaced = self.replaced(patch, &records)?;
+        let replaced = noes.ask(self.replaced(patch, &records))?.flatten();
         if !options.allow_contexts {
-            self.check_contexts(image, patch)?;
+            noes.ask(self.check_contexts(image, patch))?;
         }
-        let facts = self.check_code(image, patch, replaced.as_ref())?;
+        let facts = self.check_code(image, patch, replaced.as_ref(), &mut noes);
         let previous = replaced.as_ref().map(|r| r.found.payload.base);
-        plan::beside::check(patch, &facts, &options.consistency)?;
-        let links = Links { bias: image.bias, imports: self.imports(image, patch)?, previous };
+        noes.ask(plan::beside::check(patch, &facts, &options.consistency).map_err(Error::from))?;
+        let imports = self.imports(image, patch, &mut noes)?;
+        let links = Links { bias: image.bias, imports, previous };
         let static_program = self.is_static(image)?.then(|| image.clone());
         let register_frame = match (&static_program, &manifest.linked) {
             (Some(image), Some(linked)) => linked.register_frame.and_then(|at| image.to_process(at, 1)),
             _ => self.find_register_frame(image),
         };
         if manifest.may_unwind && register_frame.is_none() {
-            return Err(Refusal::NoUnwinder.into());
+            noes.0.push(Refusal::NoUnwinder);
         }
+        noes.none()?;
         // One whose tables may be registered or not is left alone for good, as is one of a library that was loaded elsewhere then.
         let known = |r: &&Found| {
             let usable = r.mutable.unwind != Unwind::Registering && self.is_loaded(r);
@@ -243,16 +279,16 @@ impl Patcher {
     }
 
     /// Where everything is that the patch imports.
-    fn imports(&self, image: &Image, patch: &PatchFile) -> Result<Vec<ProcAddr>, Error> {
+    fn imports(&self, image: &Image, patch: &PatchFile, noes: &mut Noes) -> Result<Vec<ProcAddr>, Error> {
         let imports = &patch.manifest.imports;
         if imports.is_empty() {
             return Ok(Vec::new());
         }
         let main = self.executable()?;
         let scope = Scope::read(&self.process, &self.images, main, image, &main.load_order(&self.process));
-        let find = |i| scope.find(&self.process, i);
-        let found: Result<_, LinkError> = imports.iter().map(find).collect();
-        Ok(found.map_err(|e| Refusal::Import { what: e.to_string(), remedy: e.remedy().into() })?)
+        let no = |e: LinkError| Refusal::Import { what: e.to_string(), remedy: e.remedy().into() };
+        let find = |i| scope.find(&self.process, i).map_err(|e| noes.0.push(no(e))).ok();
+        Ok(imports.iter().filter_map(find).collect())
     }
 
     /// Compares every old function with what the patch was built for; tells what each is like.
@@ -261,7 +297,8 @@ impl Patcher {
         image: &Image,
         patch: &PatchFile,
         replaced: Option<&Replaced>,
-    ) -> Result<Vec<OldFacts>, Error> {
+        noes: &mut Noes,
+    ) -> Vec<OldFacts> {
         let functions = &patch.manifest.functions;
         let mut ranges: Vec<ProcRange> = Vec::new();
         let mut counts = Vec::with_capacity(functions.len());
@@ -270,7 +307,8 @@ impl Patcher {
             let inside = old.iter().all(|r| image.range.start <= r.start && r.end <= image.range.end);
             if f.old.is_some() && (old.is_empty() || !inside) {
                 let at = old.first().map_or(image.range.start, |r| r.start);
-                return Err(Refusal::OutOfReach { at: image.range.start, to: at }.into());
+                noes.0.push(Refusal::OutOfReach { at: image.range.start, to: at });
+                return Vec::new();
             }
             counts.push(old.len());
             ranges.extend(old);
@@ -296,12 +334,18 @@ impl Patcher {
             let end = next + count;
             if let Some(i) = (next..end).find(|i| read.get(*i) != Some(&true)) {
                 let at = ranges.get(i).map_or(ProcAddr(0), |r| r.start);
-                return Err(Refusal::CodeChanged { function: f.demangled.clone(), at, breakpoint: false }.into());
+                noes.0.push(Refusal::CodeChanged { function: f.demangled.clone(), at, breakpoint: false });
+                facts.push(OldFacts::default());
+            } else {
+                let found = plan::check_old_code(f, image.bias, code.get(next..end).unwrap_or(&[]));
+                facts.push(found.unwrap_or_else(|no| {
+                    noes.0.push(no);
+                    OldFacts::default()
+                }));
             }
-            facts.push(plan::check_old_code(f, image.bias, code.get(next..end).unwrap_or(&[]))?);
             next = end;
         }
-        Ok(facts)
+        facts
     }
 
     /// Where `__register_frame` of libgcc is: in its library, or linked into the executable or the target and exported.

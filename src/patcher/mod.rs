@@ -22,6 +22,7 @@ use crate::transaction::{relax, Applied, Planned, Staged, SwapError, Transaction
 mod blame;
 mod error;
 mod idle;
+mod inside;
 mod inspect;
 mod recover;
 mod rewrite;
@@ -30,6 +31,7 @@ mod status;
 use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
+pub use inside::Inside;
 pub use recover::{Outcome, Recovered};
 pub use status::{patched_processes, PatchStatus, ProcessStatus};
 
@@ -102,6 +104,10 @@ pub struct CheckReport {
     pub entries: usize,
     /// What to expect.
     pub warnings: Vec<String>,
+    /// Threads that are inside functions of the patch now: they would have to leave first.
+    pub inside: Vec<Inside>,
+    /// Threads that run, so that nobody can say where without stopping them.
+    pub running: usize,
 }
 
 /// A process to be patched.
@@ -156,9 +162,12 @@ impl Patcher {
             functions: replaced(patch),
             entries: 0,
             warnings: Vec::new(),
+            inside: Vec::new(),
+            running: 0,
         };
         if let Some(planned) = inspected.planned {
             report.entries = planned.entries();
+            (report.inside, report.running) = self.inside(&relax(&options.consistency, planned.watched()))?;
         }
         Ok(report)
     }

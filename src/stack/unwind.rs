@@ -65,13 +65,28 @@ impl<'a> Unwinder<'a> {
         Self { cfi, memory }
     }
 
+    /// As [`walk`](Self::walk), for a thread of which only the stack pointer and the program counter are known.
+    ///
+    /// # Errors
+    ///
+    /// The root was not reached.
+    pub fn walk_blocked(&self, sp: ProcAddr, pc: ProcAddr, each: &mut dyn FnMut(Frame)) -> Result<(), UnwindError> {
+        let mut known = [None; 16];
+        known[RSP] = Some(sp.0);
+        self.walk_on(State { known, frame: Frame { pc, exact: true } }, each)
+    }
+
     /// Calls `each` for every frame up to the root.
     ///
     /// # Errors
     ///
     /// The root was not reached.
     pub fn walk(&self, registers: &Registers, each: &mut dyn FnMut(Frame)) -> Result<(), UnwindError> {
-        let mut state = State { known: registers.general.map(Some), frame: Frame { pc: registers.pc, exact: true } };
+        let frame = Frame { pc: registers.pc, exact: true };
+        self.walk_on(State { known: registers.general.map(Some), frame }, each)
+    }
+
+    fn walk_on(&self, mut state: State, each: &mut dyn FnMut(Frame)) -> Result<(), UnwindError> {
         let mut context = UnwindContext::new();
         for _ in 0..MAX_FRAMES {
             each(state.frame);

@@ -185,6 +185,14 @@ impl Planned {
         self.payload.entries.len()
     }
 
+    /// The code that no thread may be in when the patch is applied.
+    #[must_use]
+    pub fn watched(&self) -> Vec<Watched> {
+        let mut out = watch_old(&self.payload);
+        out.extend(self.replaces.iter().flat_map(|r| watch_new(&r.found.payload)));
+        out
+    }
+
     /// Where it goes.
     #[must_use]
     pub fn region(&self) -> ProcRange {
@@ -345,11 +353,7 @@ impl<'p, P: Process> Staged<'p, P> {
     /// The code that no thread may be in when the patch is applied.
     #[must_use]
     pub fn watched(&self) -> Vec<Watched> {
-        let mut out = watch_old(&self.planned.payload);
-        if let Some(replaced) = &self.planned.replaces {
-            out.extend(watch_new(&replaced.found.payload));
-        }
-        out
+        self.planned.watched()
     }
 
     /// The jumps to the switch stubs; empty if the entries are written in one hold. Until [`commit`](Self::commit) they
