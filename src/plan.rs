@@ -3,7 +3,7 @@
 use crate::addr::{LoadBias, ProcAddr, ProcRange};
 use crate::insn::{self, Edit, OutOfReach};
 use crate::maps::{self, Mapping, PAGE};
-use crate::patch::{Function, PatchFile, RelocKind, RelocTarget, SegmentKind, ENTRY_JUMP_LEN};
+use crate::patch::{in_chain, Function, PatchFile, RelocKind, RelocTarget, SegmentKind, ENTRY_JUMP_LEN};
 use crate::process::Access;
 
 pub mod beside;
@@ -154,8 +154,8 @@ pub struct Links {
     pub bias: LoadBias,
     /// Where each of the manifest's imports is.
     pub imports: Vec<ProcAddr>,
-    /// Address zero of the patch that this one takes the place of.
-    pub previous: Option<ProcAddr>,
+    /// Address zero of the patch that this one takes the place of, and of those before it.
+    pub previous: Vec<ProcAddr>,
 }
 
 impl Links {
@@ -164,7 +164,10 @@ impl Links {
             RelocTarget::Image(at) => self.bias.to_process(at),
             RelocTarget::Patch(at) => base.checked_add(at),
             RelocTarget::Import(index) => self.imports.get(index).copied(),
-            RelocTarget::Previous(at) => self.previous?.checked_add(at),
+            RelocTarget::Previous(at) => {
+                let (back, offset) = in_chain(at);
+                self.previous.get(back)?.checked_add(offset)
+            }
         }
     }
 }

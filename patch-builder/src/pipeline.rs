@@ -295,8 +295,11 @@ fn not_after(previous: &PatchFile, old: &Side<'_>) -> Option<Refusal> {
     let (message, remedy) = if m.target.build_id.0 != old.build.build_id {
         let message = format!("patch {} is for another build ({}, {})", m.name, m.target.file, m.target.build_id);
         (message, "give the patch that is applied to the running old build".to_owned())
-    } else if let Some(first) = &m.after {
-        let message = format!("patch {} took the place of {} itself: statics of both may be alive", m.name, first.name);
+    } else if let (Some(first), true) = (&m.after, m.format < 3) {
+        let message = format!(
+            "patch {} took the place of {} itself, and does not tell what that one brought (format {})",
+            m.name, first.name, m.format
+        );
         (message, format!("revert {} and build one patch without --after, or restart with the new build", m.name))
     } else {
         return None;

@@ -168,6 +168,19 @@ pub struct After {
     pub name: String,
     /// The digest of its file.
     pub digest: HexBytes,
+    /// The patches before it, whose places were taken in turn, the last one first: what they brought may be alive, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub before: Vec<Before>,
+}
+
+/// A patch whose place was taken before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Before {
+    /// Its name; for people.
+    pub name: String,
+    /// The digest of its file.
+    pub digest: HexBytes,
 }
 
 /// A new function of the previous patch that leads to one of this patch.
@@ -176,8 +189,12 @@ pub struct After {
 pub struct Redirect {
     /// Its symbol.
     pub name: String,
-    /// Where it begins in the previous patch's address space, behind `endbr64`.
+    /// Where it begins in the previous patch's address space, behind `endbr64`; or in that of one before
+    /// ([`in_chain`](super::in_chain)).
     pub at: u64,
+    /// The same with its `endbr64`: the address that the process knows. `None` in formats that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<u64>,
     /// Its bytes from there on.
     pub size: u64,
     /// Where it leads, in this patch's address space.
@@ -337,7 +354,8 @@ pub struct Static {
     pub name: String,
     /// The source file it belongs to, for a local symbol.
     pub file: Option<String>,
-    /// Where it is, as an offset in the patch's own address space.
+    /// Where it is, as an offset in the patch's own address space; or, one that an earlier patch brought and that is alive, in that one's
+    /// ([`in_chain`](super::in_chain)).
     pub at: u64,
     /// Its length in bytes.
     pub size: u64,

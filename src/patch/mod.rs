@@ -7,8 +7,8 @@ mod read;
 mod v1;
 
 pub use manifest::{
-    After, BuildRef, CodeRange, Companion, Entry, Function, HexBytes, Hook, HookKind, Import, ImportKind, Linked,
-    Manifest, OldFunction, Redirect, StateVersion, Static, Status, TypeLayout,
+    After, Before, BuildRef, CodeRange, Companion, Entry, Function, HexBytes, Hook, HookKind, Import, ImportKind,
+    Linked, Manifest, OldFunction, Redirect, StateVersion, Static, Status, TypeLayout,
 };
 pub use read::{PatchError, PatchFile, Reloc, RelocKind, RelocTarget, Segment, SegmentKind};
 
@@ -100,6 +100,21 @@ pub const SHN_TARGET_IMAGE: u16 = 0xff20;
 /// Section index of a symbol that lives in the patch that this one takes the place of: its value is an offset in
 /// that patch's address space.
 pub const SHN_PREVIOUS_PATCH: u16 = 0xff21;
+
+/// An address in one of the patches before this one: the low 48 bits are an offset in that patch's address space, the high 16
+/// say how many patches further back it is. This splits it.
+#[must_use]
+pub const fn in_chain(at: u64) -> (usize, u64) {
+    ((at >> CHAIN_SHIFT) as usize, at & ((1 << CHAIN_SHIFT) - 1))
+}
+
+/// The same address, as the next patch of the chain has it; `None` where the chain is too long.
+#[must_use]
+pub fn further_back(at: u64) -> Option<u64> {
+    at.checked_add(1 << CHAIN_SHIFT)
+}
+
+const CHAIN_SHIFT: u32 = 48;
 
 /// Section that holds the manifest.
 pub const MANIFEST_SECTION: &str = ".livepatch.manifest";

@@ -161,10 +161,7 @@ impl PatchFile {
         let json = section(&elf, bytes, MANIFEST_SECTION)?.ok_or(PatchError::NotAPatch("manifest"))?;
         let manifest = match version {
             1 => super::v1::read(json),
-            2 => serde_json::from_slice(json).and_then(|m: Manifest| match (&m.linked, &m.together) {
-                (None, None) => Ok(m),
-                _ => Err(serde::de::Error::custom("linked, together: not in this format")),
-            }),
+            2 => serde_json::from_slice(json).and_then(only_of_version_2),
             _ => serde_json::from_slice(json),
         };
         let manifest: Manifest = manifest.map_err(PatchError::Manifest)?;
@@ -401,7 +398,8 @@ fn check_additions(manifest: &Manifest, segments: &[Segment]) -> Result<(), Patc
         return Err(malformed("the digest of the previous patch has another length"));
     }
     for r in &manifest.redirects {
-        let fits = r.at.checked_add(r.size).is_some_and(|end| end <= MAX_LEN_BYTES) && r.size >= ENTRY_JUMP_LEN;
+        let fits = super::in_chain(r.at).1.checked_add(r.size).is_some_and(|end| end <= MAX_LEN_BYTES)
+            && r.size >= ENTRY_JUMP_LEN;
         if manifest.after.is_none() || !fits || !code(r.new_at) {
             return Err(malformed(format!("the redirect of {:?} is described wrongly", r.name)));
         }
@@ -412,10 +410,33 @@ fn check_additions(manifest: &Manifest, segments: &[Segment]) -> Result<(), Patc
             .iter()
             .any(|g| g.kind == SegmentKind::Data && g.at <= s.at && end.is_some_and(|e| e <= g.at + g.len_bytes))
     };
-    if let Some(s) = manifest.statics.iter().find(outside) {
+    let chain = manifest.after.as_ref().map_or(0, |a| a.before.len() + 1);
+    let own = |s: &&super::Static| super::in_chain(s.at).0 == 0;
+    let beyond = |at: u64, from: usize| super::in_chain(at).0 > chain.saturating_sub(from);
+    if let Some(s) = manifest.statics.iter().find(|s| !own(s) && beyond(s.at, 0)) {
+        return Err(malformed(format!("the static {:?} is in a patch that is not named", s.name)));
+    }
+    if let Some(r) = manifest.redirects.iter().find(|r| beyond(r.at, 1)) {
+        return Err(malformed(format!("the redirect of {:?} is in a patch that is not named", r.name)));
+    }
+    if manifest.after.iter().flat_map(|a| &a.before).any(|b| b.digest.0.len() != 32) {
+        return Err(malformed("the digest of an earlier patch has another length"));
+    }
+    if let Some(s) = manifest.statics.iter().filter(own).find(outside) {
         return Err(malformed(format!("the static {:?} lies outside the writable segment", s.name)));
     }
     Ok(())
+}
+
+/// A manifest of format 2 has nothing that came with format 3.
+fn only_of_version_2(m: Manifest) -> Result<Manifest, serde_json::Error> {
+    let beside = m.functions.iter().filter_map(|f| f.old.as_ref()).any(|o| o.entry_beside.is_some());
+    let held = m.redirects.iter().any(|r| r.held.is_some());
+    let before = m.after.as_ref().is_some_and(|a| !a.before.is_empty());
+    if m.linked.is_some() || m.together.is_some() || beside || held || before {
+        return Err(serde::de::Error::custom("a field of format 3"));
+    }
+    Ok(m)
 }
 
 fn check_manifest(manifest: &Manifest, segments: &[Segment]) -> Result<(), PatchError> {

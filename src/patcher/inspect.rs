@@ -8,7 +8,7 @@ use crate::elf::EM_X86_64;
 use crate::image::Image;
 use crate::link::{LinkError, Scope};
 use crate::memory::ReadMemory;
-use crate::patch::{HexBytes, PatchFile, STACK_SWITCHES};
+use crate::patch::{in_chain, HexBytes, PatchFile, STACK_SWITCHES};
 use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
@@ -107,7 +107,7 @@ impl Patcher {
             noes.ask(self.check_contexts(image, patch))?;
         }
         let facts = self.check_code(image, patch, replaced.as_ref(), &mut noes);
-        let previous = replaced.as_ref().map(|r| r.found.payload.base);
+        let previous = replaced.as_ref().map_or_else(Vec::new, |r| r.chain.clone());
         noes.ask(plan::beside::check(patch, &facts, &options.consistency).map_err(Error::from))?;
         let imports = self.imports(image, patch, &mut noes)?;
         let links = Links { bias: image.bias, imports, previous };
@@ -259,23 +259,38 @@ impl Patcher {
             return Err(Refusal::After { wanted: short(&after.name, &after.digest), applied }.into());
         }
         Applied::new(found.clone())?.check_entries(&self.process)?;
+        // Those before it are reverted, and lie where they were.
+        let mut chain: Vec<&Found> = vec![found];
+        for before in &after.before {
+            let is = |r: &&Found| r.payload.digest == before.digest && self.is_loaded(r);
+            let Some(earlier) = records.iter().find(is) else {
+                let wanted = short(&before.name, &before.digest);
+                return Err(Refusal::After { wanted, applied: Some(found.payload.patch.clone()) }.into());
+            };
+            chain.push(earlier);
+        }
         let mut redirected = Vec::new();
         for r in &patch.manifest.redirects {
-            let at = found.payload.base.checked_add(r.at);
+            let (back, offset) = in_chain(r.at);
+            let of = chain.get(back).map(|f| &f.payload);
+            let at = of.and_then(|p| p.base.checked_add(offset));
             let range = at.and_then(|at| ProcRange::new(at, r.size));
             let code = |f: &FunctionRecord| {
                 f.new.range().is_some_and(|c| range.is_some_and(|r| c.start <= r.start && r.end <= c.end))
             };
             let mut bytes = [0; 5];
-            let known = found.payload.functions.iter().any(|f| f.name == r.name && code(f));
+            let known = of.is_some_and(|p| p.functions.iter().any(|f| f.name == r.name && code(f)));
             let read = known.then(|| self.process.read_exact(at.unwrap_or_default(), &mut bytes));
             if !matches!(read, Some(Ok(()))) {
                 let (name, what) = (found.payload.patch.clone(), format!("{} is not in its code", r.name));
                 return Err(Refusal::Damaged { name, at: found.region.start, what }.into());
             }
-            redirected.push(bytes);
+            // Where the replaced patch leads it on already: to its own code, in the end.
+            let led = found.payload.entries.iter().find(|e| Some(e.at) == at && e.jump.0 == bytes);
+            redirected.push(led.and_then(|e| e.original.0.first_chunk().copied()).unwrap_or(bytes));
         }
-        Ok(Some(Replaced { found: found.clone(), redirected }))
+        let chain = chain.iter().map(|f| f.payload.base).collect();
+        Ok(Some(Replaced { found: found.clone(), chain, redirected }))
     }
 
     /// Where everything is that the patch imports.

@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::addr::{ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
-use crate::patch::PatchFile;
+use crate::patch::{in_chain, PatchFile, Redirect};
 use crate::plan::{self, CodeEdit, Layout, Links, OldFacts, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
@@ -74,6 +74,8 @@ pub struct Planned {
 pub struct Replaced {
     /// Its record.
     pub found: Found,
+    /// Address zero of it, and of those whose places it and they took in turn.
+    pub chain: Vec<ProcAddr>,
     /// What stands at each of the new patch's redirects.
     pub redirected: Vec<[u8; 5]>,
 }
@@ -81,7 +83,11 @@ pub struct Replaced {
 impl Replaced {
     /// Its mapping's end of the bargain: where each redirect is.
     fn places(&self, patch: &PatchFile) -> Option<Vec<ProcAddr>> {
-        patch.manifest.redirects.iter().map(|r| self.found.payload.base.checked_add(r.at)).collect()
+        let place = |r: &Redirect| {
+            let (back, offset) = in_chain(r.at);
+            self.chain.get(back)?.checked_add(offset)
+        };
+        patch.manifest.redirects.iter().map(place).collect()
     }
 
     /// What the hold writes: `edits` expect the old image's bytes, but the replaced patch's jumps may stand there;

@@ -288,8 +288,10 @@ fn second() -> PatchFile {
     second.digest = [8; 32];
     second.manifest.name = "second".into();
     second.manifest.functions.remove(0);
-    second.manifest.after = Some(crate::patch::After { name: "p".into(), digest: HexBytes(vec![9; 32]) });
-    second.manifest.redirects = vec![crate::patch::Redirect { name: "f0".into(), at: 0, size: 8, new_at: 0 }];
+    second.manifest.after =
+        Some(crate::patch::After { name: "p".into(), digest: HexBytes(vec![9; 32]), before: Vec::new() });
+    second.manifest.redirects =
+        vec![crate::patch::Redirect { name: "f0".into(), at: 0, held: None, size: 8, new_at: 0 }];
     second
 }
 
@@ -297,9 +299,10 @@ fn take_over(p: &FakeProcess) -> Planned {
     let all: Vec<Mapping> = p.mappings().unwrap();
     let found = registry::find(p, &all).unwrap().remove(0);
     let mut target = target();
-    target.links.previous = Some(found.payload.base);
+    target.links.previous = vec![found.payload.base];
+    let chain = target.links.previous.clone();
     let redirected = vec![p.read_vec(found.payload.base, 5).unwrap().try_into().unwrap()];
-    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, redirected })).unwrap()
+    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, chain, redirected })).unwrap()
 }
 
 /// Where the jump at `at` leads, if there is one.

@@ -422,18 +422,29 @@ impl Contents<'_, '_, '_> {
 }
 
 /// Where the previous patch's functions lead.
+fn after_of(previous: &PatchFile) -> patch::After {
+    let (m, digest) = (&previous.manifest, HexBytes(previous.digest.to_vec()));
+    let before = m.after.iter().flat_map(|a| {
+        let first = patch::Before { name: a.name.clone(), digest: a.digest.clone() };
+        std::iter::once(first).chain(a.before.iter().cloned())
+    });
+    patch::After { name: m.name.clone(), digest, before: before.collect() }
+}
+
 fn redirects(previous: &PatchFile, selection: &Selection, layout: &Layout<'_, '_>) -> Vec<patch::Redirect> {
     let one = |(index, g): &(usize, FuncId)| {
         let f = previous.manifest.functions.get(*index)?;
         let code = previous.segments.iter().find(|s| s.at <= f.new_at && f.new_at < s.at + s.len_bytes)?;
         let first = code.data.get(usize::try_from(f.new_at - code.at).ok()?..)?;
         let skip = if first.starts_with(&[0xf3, 0x0f, 0x1e, 0xfa]) { 4 } else { 0 };
-        Some(patch::Redirect {
-            name: f.name.clone(),
-            at: f.new_at + skip,
-            size: f.new_size - skip,
-            new_at: *layout.funcs.get(g)?,
-        })
+        let new_at = *layout.funcs.get(g)?;
+        // Whoever holds its address may have it from a patch before that one.
+        if let Some(r) = previous.manifest.redirects.iter().find(|r| r.name == f.name) {
+            let (at, held) = (patch::further_back(r.at)?, r.held.and_then(patch::further_back));
+            return Some(patch::Redirect { at, held, new_at, ..r.clone() });
+        }
+        let held = Some(f.new_at);
+        Some(patch::Redirect { name: f.name.clone(), at: f.new_at + skip, held, size: f.new_size - skip, new_at })
     };
     selection.redirects.iter().filter_map(one).collect()
 }
@@ -541,6 +552,11 @@ fn manifest(
             size: p.bytes.len() as u64,
             type_digest: p.from.and_then(|at| HexBytes::from_hex(about.statics.get(&at)?)),
         });
+    let living = selection.living.iter().filter_map(|(index, _)| {
+        let s = layout.after?.manifest.statics.get(*index)?;
+        Some(patch::Static { at: patch::further_back(s.at)?, ..s.clone() })
+    });
+    let statics = statics.chain(living);
     let hooks = selection.hooks.iter().filter_map(|(kind, to)| {
         let (OutTarget::Patch(at), _) = layout.address(*to)? else { return None };
         let symbol = kind.symbol().to_owned();
@@ -564,9 +580,7 @@ fn manifest(
         may_unwind: throws || linked::may_unwind(old, &diff.lines.0),
         linked: Some(linked::linked(old, &diff.lines.0)),
         imports: selection.imports.clone(),
-        after: layout
-            .after
-            .map(|p| patch::After { name: p.manifest.name.clone(), digest: HexBytes(p.digest.to_vec()) }),
+        after: layout.after.map(after_of),
         redirects: layout.after.map_or_else(Vec::new, |p| redirects(p, selection, layout)),
         hooks: hooks.collect(),
         ..Manifest::default()

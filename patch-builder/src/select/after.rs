@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use livepatch::patch::{PatchFile, Static, Status, ENTRY_JUMP_LEN};
+use livepatch::patch::{further_back, PatchFile, Static, Status, ENTRY_JUMP_LEN};
 
 use super::{Bound, Selector};
 use crate::build::{canonical, demangle, FuncId, ObjId};
@@ -93,7 +93,9 @@ impl<'d> Selector<'_, 'd> {
     pub(super) fn held_functions(&mut self) {
         let Some(patch) = self.after.as_ref().map(|a| a.patch) else { return };
         for (index, f) in patch.manifest.functions.iter().enumerate() {
-            if f.status != Status::New || !f.address_taken {
+            // Or held by the address that a patch before that one gave it.
+            let held = f.address_taken || patch.manifest.redirects.iter().any(|r| r.name == f.name);
+            if f.status != Status::New || !held {
                 continue;
             }
             let all = 0..self.new.build.funcs.len() as FuncId;
@@ -106,7 +108,8 @@ impl<'d> Selector<'_, 'd> {
                 || canonical(&f.name) != f.name && !self.new.build.rust;
             let why = match found.as_slice() {
                 [g] if self.pairing.func_olds(*g).is_empty() && !numbered => {
-                    if f.new_size < ENTRY_JUMP_LEN + 4 {
+                    let earlier = patch.manifest.redirects.iter().any(|r| r.name == f.name);
+                    if !earlier && f.new_size < ENTRY_JUMP_LEN + 4 {
                         "is too short to lead to the new one"
                     } else {
                         let reason = "the applied patch brought it, and its address may be held".to_owned();
@@ -130,6 +133,13 @@ impl<'d> Selector<'_, 'd> {
     pub(super) fn known_address(&self, g: FuncId) -> Option<Bound> {
         let patch = self.after.as_ref()?.patch;
         let (index, _) = self.redirects.iter().find(|(_, f)| *f == g)?;
-        patch.manifest.functions.get(*index).map(|f| Bound::Previous(f.new_at))
+        let f = patch.manifest.functions.get(*index)?;
+        // By the one that brought it first.
+        let earlier = patch.manifest.redirects.iter().find(|r| r.name == f.name);
+        let at = match earlier {
+            Some(r) => further_back(r.held?)?,
+            None => f.new_at,
+        };
+        Some(Bound::Previous(at))
     }
 }

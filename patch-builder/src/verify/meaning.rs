@@ -82,8 +82,13 @@ impl<'d> Check<'_, 'd> {
     fn leads_here(&self, at: u64, g: FuncId) -> bool {
         let Meant { new, manifest, placed, after, .. } = self.meant;
         let functions = after.map_or(&[][..], |p| &p.manifest.functions);
-        let named = |f: &&livepatch::patch::Function| new.build.func(g).names.iter().any(|n| n.text == f.name);
-        let known = functions.iter().filter(named).any(|f| f.new_at == at && f.old.is_none());
+        let earlier = after.map_or(&[][..], |p| &p.manifest.redirects);
+        let named = |name: &str| new.build.func(g).names.iter().any(|n| n.text == name);
+        let held = |r: &livepatch::patch::Redirect| r.held.and_then(livepatch::patch::further_back);
+        let known = match earlier.iter().find(|r| named(&r.name)) {
+            Some(r) => held(r) == Some(at),
+            None => functions.iter().any(|f| named(&f.name) && f.new_at == at && f.old.is_none()),
+        };
         known && manifest.redirects.iter().any(|r| (r.at == at || r.at == at + 4) && placed.get(&g) == Some(&r.new_at))
     }
 

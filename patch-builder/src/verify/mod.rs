@@ -239,7 +239,20 @@ impl<'d> Check<'_, 'd> {
         let Meant { new, manifest, .. } = self.meant;
         let by_place: HashMap<u64, ObjId> = self.objects.iter().map(|(id, at)| (*at, *id)).collect();
         let listed: HashSet<u64> = manifest.statics.iter().map(|s| s.at).collect();
-        for s in &manifest.statics {
+        // Those that an earlier patch brought are that one's, one step further back.
+        let (own, earlier): (Vec<_>, Vec<_>) =
+            manifest.statics.iter().partition(|s| livepatch::patch::in_chain(s.at).0 == 0);
+        let brought = self.meant.after.map_or(&[][..], |p| &p.manifest.statics);
+        for s in earlier {
+            let is = |b: &livepatch::patch::Static| {
+                livepatch::patch::further_back(b.at) == Some(s.at)
+                    && (&b.name, &b.file, b.size) == (&s.name, &s.file, s.size)
+            };
+            if !brought.iter().any(is) {
+                return Err(different(format!("the static {} of an earlier patch in the manifest", s.name)));
+            }
+        }
+        for s in own {
             let object = by_place.get(&s.at).map(|id| new.build.object(*id));
             let foreign = self.is_foreign(s.at);
             let same = object.is_some_and(|o| o.size == s.size && crate::build::demangle(o.name()) == s.name);
