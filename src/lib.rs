@@ -50,4 +50,6 @@ pub mod registry;
 #[cfg(feature = "engine")]
 pub mod stack;
 #[cfg(feature = "engine")]
+pub mod symbols;
+#[cfg(feature = "engine")]
 pub mod transaction;

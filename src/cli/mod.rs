@@ -11,6 +11,7 @@ use livepatch::plan::beside::Consistency;
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
+mod debug;
 mod text;
 
 #[derive(Parser)]
@@ -54,8 +55,11 @@ enum Command {
     Watch(Rest),
     #[command(hide = true)]
     Console(Rest),
-    #[command(hide = true)]
-    Symbols(Rest),
+    /// Writes what gdb and perf need to name a patch's functions.
+    #[command(
+        after_help = "Example:\n  livepatch symbols 4711 > patch.gdb && gdb -p 4711 -x patch.gdb\n  livepatch symbols core > patch.gdb && gdb gateway core -x patch.gdb\n  livepatch symbols 4711 --perf > /tmp/perf-4711.map"
+    )]
+    Symbols(SymbolsArgs),
 }
 
 #[derive(Args)]
@@ -148,6 +152,19 @@ struct RevertArgs {
 }
 
 #[derive(Args)]
+struct SymbolsArgs {
+    /// A process, or its core file.
+    #[arg(value_name = "PID|CORE")]
+    of: String,
+    /// Where the files go that gdb reads.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    dir: PathBuf,
+    /// Lines of a perf map in place of commands for gdb.
+    #[arg(long)]
+    perf: bool,
+}
+
+#[derive(Args)]
 struct RecoverArgs {
     /// The processes.
     #[arg(value_name = "PID")]
@@ -184,7 +201,7 @@ pub fn main() -> ExitCode {
         Command::Recover(a) => recover(&a),
         Command::Watch(_) => absent("watch"),
         Command::Console(_) => absent("console"),
-        Command::Symbols(_) => absent("symbols"),
+        Command::Symbols(a) => debug::symbols(&a),
     };
     ExitCode::from(code)
 }

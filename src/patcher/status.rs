@@ -7,6 +7,7 @@ use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
 use crate::process::{Pid, Process, ProcessError};
 use crate::registry::{State, Unwind};
+use crate::symbols::{self, SymbolFile};
 use crate::transaction::Applied;
 
 /// One patch in one process.
@@ -62,6 +63,16 @@ impl Patcher {
             return Err(ProcessError::Gone(self.process.pid()).into());
         }
         Ok(status)
+    }
+
+    /// Symbols for debuggers and profilers of every patch that lies in the process, applied or not.
+    ///
+    /// # Errors
+    ///
+    /// The process is gone or a record is damaged.
+    pub fn symbols(&self) -> Result<Vec<SymbolFile>, Error> {
+        let records = self.unless_ended(self.records())?;
+        Ok(records.iter().map(|found| symbols::of_patch(&self.process, found)).collect())
     }
 
     fn try_status(&self) -> Result<ProcessStatus, Error> {

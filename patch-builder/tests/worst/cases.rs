@@ -49,7 +49,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "long function",
         small: 2_000,
-        large: 100_000,
+        large: 50_000,
         answer: Answer::Patch(1),
         flags: &["-O0"],
         source: long,
