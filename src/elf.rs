@@ -103,12 +103,25 @@ impl Head {
     }
 }
 
-/// A section of a file, by its name: where it was linked, and its length.
-#[must_use]
-pub fn section(file: &[u8], name: &str) -> Option<(ImageAddr, u64)> {
-    let elf = Elf::parse(file).ok()?;
-    let is = |s: &&goblin::elf::SectionHeader| elf.shdr_strtab.get_at(s.sh_name) == Some(name);
-    elf.section_headers.iter().find(is).map(|s| (ImageAddr(s.sh_addr), s.sh_size))
+/// A section of a file, by its name: where it was linked, and its length. `read` gives bytes of the file, by offset and length;
+/// no more than the headers are asked for.
+pub fn section(read: &dyn Fn(u64, usize) -> Option<Vec<u8>>, name: &str) -> Option<(ImageAddr, u64)> {
+    const ENTRY_BYTES: usize = 64;
+    let front = read(0, ENTRY_BYTES)?;
+    let header = Elf::parse_header(&front).ok()?;
+    let count = usize::from(header.e_shnum);
+    let table = read(header.e_shoff, count.checked_mul(ENTRY_BYTES)?)?;
+    let ctx = Ctx::new(Container::Big, Endian::Little);
+    // At offset 0 goblin takes a table for none.
+    let shifted = [&[0; ENTRY_BYTES][..], &table].concat();
+    let all = goblin::elf::SectionHeader::parse(&shifted, ENTRY_BYTES, count, ctx).ok()?;
+    let names = all.get(usize::from(header.e_shstrndx))?;
+    let names = read(names.sh_offset, usize::try_from(names.sh_size).ok().filter(|len| *len < 1 << 20)?)?;
+    let is = |s: &&goblin::elf::SectionHeader| {
+        let text = names.get(s.sh_name..).and_then(|n| n.split(|b| *b == 0).next());
+        text == Some(name.as_bytes())
+    };
+    all.iter().find(is).map(|s| (ImageAddr(s.sh_addr), s.sh_size))
 }
 
 /// The GNU build-id in the bytes of a note segment.
@@ -201,6 +214,18 @@ impl FunctionNames {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_section_is_found_by_its_name() {
+        let own = std::fs::read("/proc/self/exe").unwrap();
+        let read = |at: u64, len: usize| own.get(at as usize..at as usize + len).map(<[u8]>::to_vec);
+        let found = section(&read, ".eh_frame_hdr").expect("every program of Rust has it");
+        let segment = Head::parse(&own[..HEAD_BYTES]).unwrap();
+        let segment = segment.of_kind(PT_GNU_EH_FRAME).next().unwrap();
+        assert_eq!(found, (segment.at, segment.len_bytes));
+        assert_eq!(section(&read, ".no_such"), None);
+        assert_eq!(section(&|_, _| None, ".text"), None);
+    }
 
     #[test]
     fn a_build_id_is_found_behind_another_note() {

@@ -1,7 +1,11 @@
 //! Tells who stands where: the thread that kept a patch from being applied, with its backtrace. Nobody is held.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+
 use super::error::{NotQuiescent, TraceLine};
-use crate::addr::ProcAddr;
+use crate::addr::{ImageAddr, ProcAddr};
 use crate::elf::FunctionNames;
 use crate::image::Image;
 use crate::memory::ReadMemory;
@@ -88,21 +92,34 @@ fn line(process: &PtraceProcess, images: &[Image], names: &mut [Option<FunctionN
 }
 
 /// The file that an image was mapped from, as the process sees it; `None` if it is not that file any more.
-pub(super) fn file_of(process: &PtraceProcess, image: &Image) -> Option<Vec<u8>> {
+pub(super) fn file_of(process: &PtraceProcess, image: &Image) -> Option<File> {
     let pid = process.pid();
     let (start, end) = (image.range.start.0, process.mappings().ok());
     let end = end.and_then(|maps| crate::maps::find(&maps, ProcAddr(start)).map(|m| m.range.end.0));
     let by_mapping = end.map(|end| format!("/proc/{pid}/map_files/{start:x}-{end:x}"));
     let by_name = format!("/proc/{pid}/root{}", image.name);
-    let file = by_mapping.into_iter().chain([by_name]).find_map(|path| std::fs::read(path).ok())?;
-    let head = crate::elf::Head::parse(file.get(..crate::elf::HEAD_BYTES).unwrap_or(&file));
+    let file = by_mapping.into_iter().chain([by_name]).find_map(|path| File::open(path).ok())?;
+    let mut front = vec![0; crate::elf::HEAD_BYTES];
+    let len = file.read_at(&mut front, 0).ok()?;
+    let head = crate::elf::Head::parse(front.get(..len)?);
     head.is_ok_and(|h| h == image.head).then_some(file)
+}
+
+/// A section of the file that an image was mapped from.
+pub(super) fn section_of(process: &PtraceProcess, image: &Image, name: &str) -> Option<(ImageAddr, u64)> {
+    let file = file_of(process, image)?;
+    let read = |offset, len| {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, offset).ok().map(|()| bytes)
+    };
+    crate::elf::section(&read, name)
 }
 
 /// The functions of an image: from its file, else from its dynamic symbols in memory.
 fn read_names(process: &PtraceProcess, image: &Image) -> FunctionNames {
-    if let Some(file) = file_of(process, image) {
-        return FunctionNames::parse(&file);
+    let mut bytes = Vec::new();
+    if file_of(process, image).is_some_and(|mut file| file.read_to_end(&mut bytes).is_ok()) {
+        return FunctionNames::parse(&bytes);
     }
     let symbols = image.dynamic_symbols(process as &dyn ReadMemory);
     FunctionNames::from_list(symbols.into_iter().filter_map(|s| Some((s.at?, s.len_bytes, s.name))).collect())

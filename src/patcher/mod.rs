@@ -137,7 +137,7 @@ impl Patcher {
         let silent =
             |i: &Image| i.name.starts_with('/') && i.head.of_kind(crate::elf::PT_GNU_EH_FRAME).next().is_none();
         for i in images.iter_mut().filter(|i| silent(i)) {
-            i.eh_frame = blame::file_of(&process, i).and_then(|file| crate::elf::section(&file, ".eh_frame"));
+            i.eh_frame = blame::section_of(&process, i, ".eh_frame");
         }
         Ok(Self { process, maps, images })
     }
