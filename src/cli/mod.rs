@@ -100,7 +100,7 @@ struct PatchArgs {
     which: Which,
     #[command(flatten)]
     common: Common,
-    /// Go on in spite of a rule; known: contexts.
+    /// Go on in spite of a rule; known: contexts, unwind.
     #[arg(long, value_name = "RULE")]
     allow: Vec<String>,
     /// Leave all processes as they were when one refuses: checks all before it applies, and reverts what it applied.
@@ -286,8 +286,8 @@ impl PatchArgs {
         let Some((file, pids)) = self.words.split_last() else { return Err(usage("which patch?")) };
         let pids: Result<Vec<i32>, _> = pids.iter().map(|p| p.parse::<i32>().map_err(|_| p)).collect();
         let pids = pids.map_err(|p| usage(&format!("{p:?} is not a PID")))?;
-        if let Some(rule) = self.allow.iter().find(|r| *r != "contexts") {
-            return Err(usage(&format!("--allow {rule}: no such rule; known: contexts")));
+        if let Some(rule) = self.allow.iter().find(|r| !["contexts", "unwind"].contains(&r.as_str())) {
+            return Err(usage(&format!("--allow {rule}: no such rule; known: contexts, unwind")));
         }
         if file.parse::<i32>().is_ok() && !Path::new(file).exists() {
             return Err(usage(&format!("{file:?} is a PID: give the patch file after it")));
@@ -301,7 +301,8 @@ impl PatchArgs {
         let options = Options {
             timeout: self.common.timeout,
             hold: self.common.hold_deadline,
-            allow_contexts: !self.allow.is_empty(),
+            allow_contexts: self.allow.iter().any(|r| r == "contexts"),
+            allow_unwind: self.allow.iter().any(|r| r == "unwind"),
             consistency: self.inside.consistency(),
         };
         Ok((pids, patch, options))
@@ -424,6 +425,7 @@ fn revert(args: &RevertArgs) -> u8 {
         timeout: args.common.timeout,
         hold: args.common.hold_deadline,
         allow_contexts: true,
+        allow_unwind: true,
         consistency: args.inside.consistency(),
     };
     let json = args.common.json;

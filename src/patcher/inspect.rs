@@ -116,7 +116,7 @@ impl Patcher {
             (Some(image), Some(linked)) => linked.register_frame.and_then(|at| image.to_process(at, 1)),
             _ => self.find_register_frame(image),
         };
-        if manifest.may_unwind && register_frame.is_none() {
+        if manifest.may_unwind && register_frame.is_none() && !options.allow_unwind {
             noes.0.push(Refusal::NoUnwinder);
         }
         noes.none()?;

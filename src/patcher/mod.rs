@@ -47,6 +47,8 @@ pub struct Options {
     pub hold: Duration,
     /// Go on although the process switches stacks by itself: `--allow contexts`.
     pub allow_contexts: bool,
+    /// Go on although what the process may load later to unwind will know nothing of the patch: `--allow unwind`.
+    pub allow_unwind: bool,
     /// What no thread may be inside of when the code switches.
     pub consistency: Consistency,
 }
@@ -57,6 +59,7 @@ impl Default for Options {
             timeout: Duration::from_secs(5),
             hold: Duration::from_millis(100),
             allow_contexts: false,
+            allow_unwind: false,
             consistency: Consistency::Stack,
         }
     }

@@ -283,7 +283,7 @@ impl Refusal {
             Self::After { .. } => "apply that patch first, or build one for what is applied (--after)".into(),
             Self::NotNewest { newest, .. } => format!("revert {newest} first, or use --all"),
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
-            Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc)".into(),
+            Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc); if no thread of it is cancelled and nothing throws through the patch, --allow unwind".into(),
             Self::Import { remedy, .. } => remedy.clone(),
             Self::Unsupported { .. } => "build the patch without it".into(),
             Self::NoExecutableMemory { .. } => "relax the policy (SELinux execmem, seccomp) for this process".into(),

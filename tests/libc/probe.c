@@ -11,7 +11,8 @@ static void *load(void *unused)
     for (;;) {
         if (random() < 0)
             abort();
-        __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+        if (__atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED) % 16 == 0)
+            usleep(50);
     }
     return unused;
 }
