@@ -47,11 +47,18 @@ impl Noes {
     /// # Errors
     ///
     /// There are some.
-    fn none(&mut self) -> Result<(), Error> {
-        match std::mem::take(&mut self.0) {
-            noes if noes.is_empty() => Ok(()),
-            mut noes if noes.len() == 1 => Err(noes.remove(0).into()),
-            noes => Err(Error::RefusedFor(noes)),
+    fn none(self) -> Result<(), Error> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        Err(self.error())
+    }
+
+    /// All of them.
+    fn error(mut self) -> Error {
+        match self.0.len() {
+            1 => self.0.remove(0).into(),
+            _ => Error::RefusedFor(self.0),
         }
     }
 }
@@ -102,7 +109,10 @@ impl Patcher {
                 sequence,
             });
         }
-        let replaced = noes.ask(self.replaced(patch, &records))?.flatten();
+        let Some(replaced) = noes.ask(self.replaced(patch, &records))? else {
+            // Jumps of the patch that is applied are no changes by somebody else.
+            return Err(noes.error());
+        };
         if !options.allow_contexts {
             noes.ask(self.check_contexts(image, patch))?;
         }
