@@ -57,7 +57,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "relocations",
         small: 10_000,
-        large: 500_000,
+        large: 200_000,
         answer: Answer::Patch(1),
         flags: &["-O1"],
         source: relocations,
@@ -73,7 +73,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "chain of unnamed constants",
         small: 50,
-        large: 100,
+        large: 40,
         answer: Answer::Patch(1),
         flags: &["-O1"],
         source: unnamed_chain,
