@@ -10,6 +10,8 @@ RUN_DIR=$CASE_DIR/run
 OLD=$CASE_DIR/old/$BIN
 NEW=$CASE_DIR/new/$BIN
 JOBS=${JOBS:-2}
+# What is built asks git for its version: not that of the repository around it, which may move between two builds.
+export GIT_CEILING_DIRECTORIES=$CORPUS_CACHE
 CF=${CORPUS_CFLAGS:--g -O2}
 LF=${CORPUS_LDFLAGS:--Wl,--emit-relocs}
 PY=$(command -v /usr/bin/python3 || command -v python3)
