@@ -421,6 +421,16 @@ fn loaded_library(w: &Workshop) -> Outcome {
     target.run("apply", &[]).expect_code(3)?.expect_says(&["has not loaded libprice.so"])?;
     target.ask("load", "loaded")?;
     target.works("price")?;
+    let id = livepatch(&["status", &target.pid.to_string(), "--json"]).expect_code(0)?.stdout.clone();
+    let notes = run(Command::new("readelf").arg("-n").arg(&library.old)).expect_code(0)?.stdout.clone();
+    let build = notes.split("Build ID: ").nth(1).and_then(|t| t.split_whitespace().next()).ok_or("no build-id")?;
+    livepatch(&["revert", "--build-id", build]).expect_code(0)?;
+    target.ask("price", "price 70")?;
+    target.run("apply", &[]).expect_code(0)?;
+    target.ask("price", "price 75")?;
+    if id.contains(build) {
+        return Err("status names the library's build in place of the program's".into());
+    }
     target.ask("unload", "unloaded")?;
     let status = target.run("status", &[]);
     status.expect_code(0)?;

@@ -73,7 +73,7 @@ struct Which {
     /// Every process that runs this executable.
     #[arg(long, value_name = "PATH")]
     exe: Option<PathBuf>,
-    /// Every process whose executable has this build-id.
+    /// Every process that runs this build: as its executable, or as a library.
     #[arg(long, value_name = "ID")]
     build_id: Option<String>,
 }
@@ -228,10 +228,7 @@ impl Which {
             let wanted = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
             Path::new(&running) == wanted
         });
-        exe && self.build_id.as_ref().is_none_or(|id| {
-            let found = Patcher::open(Pid(pid)).and_then(|p| p.status());
-            found.is_ok_and(|s| s.build_id.eq_ignore_ascii_case(id))
-        })
+        exe && self.build_id.as_ref().is_none_or(|id| Patcher::open(Pid(pid)).is_ok_and(|p| p.runs(id)))
     }
 
     /// The processes meant: those named, or all that match.

@@ -150,6 +150,12 @@ impl Patcher {
         &mut self.process
     }
 
+    /// Whether one of its images is the build of this id, in hex.
+    #[must_use]
+    pub fn runs(&self, build_id: &str) -> bool {
+        self.images.iter().any(|i| i.build_id.is_some() && i.build_id_hex().eq_ignore_ascii_case(build_id))
+    }
+
     /// Would it apply now? Touches nothing.
     ///
     /// # Errors
