@@ -428,6 +428,9 @@ fn loaded_library(w: &Workshop) -> Outcome {
     target.ask("price", "price 70")?;
     target.run("apply", &[]).expect_code(0)?;
     target.ask("price", "price 75")?;
+    if !target.run("status", &[]).stdout.contains("of libprice.so") {
+        return Err("status does not name the library".into());
+    }
     if id.contains(build) {
         return Err("status names the library's build in place of the program's".into());
     }

@@ -121,6 +121,9 @@ pub fn status(s: &ProcessStatus) -> String {
             count(p.functions.len(), "function"),
             count(p.entries, "entry jump")
         );
+        if let Some(image) = &p.image {
+            let _ = write!(out, " of {image}");
+        }
         if p.applied_at > 0 {
             let _ = write!(out, ", last applied {} with a pause of {:.1} µs", utc(p.applied_at), p.pause_us);
         }

@@ -17,6 +17,8 @@ pub struct PatchStatus {
     pub patch: String,
     /// SHA-256 of its file.
     pub digest: String,
+    /// The image that it patches, if that is no longer loaded or another than the executable: its name, or its build-id.
+    pub image: Option<String>,
     /// Whether its entries lead to it: as they are, whatever the record says.
     pub state: State,
     /// Whether an interrupted command left it so: `livepatch recover` finishes or undoes.
@@ -98,7 +100,11 @@ impl Patcher {
                 Ok(_) => lead.err().map(|e| e.to_string()),
                 Err(e) => Some(e.to_string()),
             };
+            let of = self.images.iter().find(|i| i.build_id.as_ref() == Some(&payload.build_id.0));
+            let other = of.is_none_or(|of| of.range != image.range);
+            let named = || of.map_or_else(|| payload.build_id.to_string(), |of| of.short_name().to_owned());
             PatchStatus {
+                image: other.then(named),
                 patch: payload.patch,
                 digest: payload.digest.to_string(),
                 state,
