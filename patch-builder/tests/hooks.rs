@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use livepatch::patch::{HookKind, PatchFile, RelocTarget};
+use livepatch::patch::{in_chain, HookKind, PatchFile, RelocTarget};
 use object::{Object, ObjectSymbol};
 use patch_builder::{run, Options, Outcome};
 
@@ -179,7 +179,7 @@ fn what_is_no_object_is_an_error() {
 }
 
 #[test]
-fn a_patch_of_another_build_or_one_that_took_a_place_itself_is_refused_as_the_previous_one() {
+fn a_patch_of_another_build_is_refused_as_the_previous_one_and_a_chain_tells_what_lives() {
     let folder = Folder::new("after");
     let options = folder.programs();
     let bytes = run(&options).expect("they differ").patch.expect("a patch");
@@ -195,10 +195,19 @@ fn a_patch_of_another_build_or_one_that_took_a_place_itself_is_refused_as_the_pr
     let second = patch(&outcome);
     let after = second.manifest.after.as_ref().expect("it takes a place");
     assert_eq!(after.name, "fix");
-    assert!(second.manifest.statics.is_empty(), "`fresh` is alive in the first");
+    assert_eq!(living(&second), [("fresh".to_owned(), 1)], "it is alive in the first");
     assert!(second.relocs.iter().any(|r| matches!(r.target, RelocTarget::Previous(_))));
     let path = folder.0.join("second.so");
     std::fs::write(&path, outcome.patch.expect("a patch")).expect("the folder is writable");
-    let outcome = run(&Options { after: Some(path), ..options }).expect("they differ");
-    assert_eq!(rules(&outcome), [("after", "second")]);
+    let third = patch(&run(&Options { after: Some(path), name: "third".into(), ..options }).expect("they differ"));
+    let after = third.manifest.after.as_ref().expect("it takes a place");
+    let before: Vec<&str> = after.before.iter().map(|b| b.name.as_str()).collect();
+    assert_eq!((after.name.as_str(), before), ("second", vec!["fix"]));
+    assert_eq!(living(&third), [("fresh".to_owned(), 2)], "where it was");
+    assert!(third.relocs.iter().any(|r| matches!(r.target, RelocTarget::Previous(at) if in_chain(at).0 == 1)));
+}
+
+/// The statics of a patch, with how many patches back they live.
+fn living(patch: &PatchFile) -> Vec<(String, usize)> {
+    patch.manifest.statics.iter().map(|s| (s.name.clone(), in_chain(s.at).0)).collect()
 }
