@@ -189,8 +189,11 @@ class Program:
         self.p = subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def ask(self):
-        self.p.stdin.write("17\n")
-        self.p.stdin.flush()
+        try:
+            self.p.stdin.write("17\n")
+            self.p.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"the program ended before it was asked: {self.p.wait(5)}") from None
         line = self.p.stdout.readline().rstrip("\n")
         if not line:
             raise RuntimeError(f"the program ended: {self.p.wait(5)}")
