@@ -329,6 +329,10 @@ impl<'d> Side<'d> {
         let bytes = self.build.bytes(addr, end.checked_sub(addr)?)?;
         // Zeros behind it are padding: a length that stands beside the reference must say so.
         let end = bytes.iter().position(|b| *b == 0).map_or(end, |at| addr + at as u64);
+        // The bytes of a table's distances may look like text: what is relocated is none.
+        if self.marks(addr).next(addr).is_some_and(|at| at < end) {
+            return None;
+        }
         let text = std::str::from_utf8(bytes.get(..usize::try_from(end - addr).ok()?)?).ok()?;
         (self.build.rust && !text.is_empty() && !text.contains('\0')).then_some(end)
     }

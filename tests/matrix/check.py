@@ -68,9 +68,9 @@ def combinations():
         for cc in [gcc, clang]:
             for linker in linkers:
                 for flags in [["-O2"], ["-O2", "-fvisibility=hidden"], ["-O2", "-Wl,-Bsymbolic"], ["-O2", "-ftls-model=initial-exec"]]:
-                    yield combination(language, cc, *linker, *flags, library=True, apply=3)
+                    yield combination(language, cc, *linker, *flags, library=True)
             if cc == gcc:
-                yield combination(language, cc, "-O2", "-mtls-dialect=gnu2", library=True, apply=3)
+                yield combination(language, cc, "-O2", "-mtls-dialect=gnu2", library=True)
     yield combination("c", "musl-gcc", "-O2", "-DNO_IFUNC", needs=["musl-gcc"])
     link = lambda *flags: ["-Clink-arg=" + f for f in flags]
     one = ["-Csymbol-mangling-version=v0", "-Ccodegen-units=1"]
