@@ -56,6 +56,8 @@ pub struct Contract {
     pub notes: Vec<String>,
     /// Old functions whose new version has another signature; only the patch calls them.
     pub unlike: BTreeSet<FuncId>,
+    /// Every type with another layout, whoever mentions it.
+    pub changed_layouts: BTreeSet<String>,
     /// Types with another layout that functions of the patch mention, by the function's id in the new build.
     pub layouts_used: BTreeMap<FuncId, Vec<String>>,
     /// How many types were compared.
@@ -72,7 +74,7 @@ impl Contract {
     /// The types on which old and new functions of the patch do not agree, each once.
     #[must_use]
     pub fn together(&self) -> Vec<String> {
-        let all: BTreeSet<&String> = self.layouts_used.values().flatten().collect();
+        let all: BTreeSet<&String> = self.layouts_used.values().flatten().chain(&self.changed_layouts).collect();
         all.into_iter().map(|name| format!("the layout of {name}")).collect()
     }
 
@@ -123,6 +125,7 @@ pub fn check(inputs: Inputs<'_, '_>) -> Contract {
     guard.statics();
     guard.trait_tables();
     layout::check(&mut guard);
+    guard.out.changed_layouts = guard.changed.iter().map(|id| bare(new.name(*id)).to_owned()).collect();
     guard.coroutines();
     guard.brought();
     let out = &mut guard.out;

@@ -13,7 +13,10 @@ const MAX_PADDING: u64 = 63;
 /// the program itself was compiled from has debug information.
 pub(super) fn may_unwind(side: &Side<'_>, lines: &Lines) -> bool {
     let build = &side.build;
-    build.unwind.with_personality().any(|f| !build.is_static || lines.covers(f.start))
+    // Linked in, these throw through code that has nothing to clean up, to be caught in a library without debug information.
+    let throws = |f: &Func<'_>| f.names.iter().any(|n| ["__cxa_throw", "rust_eh_personality"].contains(&n.text));
+    build.is_static && build.funcs.iter().any(throws)
+        || build.unwind.with_personality().any(|f| !build.is_static || lines.covers(f.start))
 }
 
 /// What a static program has of the libraries that other programs load.
