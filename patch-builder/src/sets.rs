@@ -10,7 +10,8 @@ use crate::side::Side;
 #[must_use]
 pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> Vec<Refusal> {
     let sets = |side: &Side<'_>| -> Vec<(String, u64, u64)> {
-        let labels = side.build.rel_syms.iter().filter_map(|s| s.name.strip_prefix("__start_"));
+        let labels =
+            side.build.rel_syms.iter().filter_map(|s| s.name.strip_prefix("__start_")).filter(|n| is_walked(side, n));
         let mut names: Vec<&str> = labels.collect();
         names.sort_unstable();
         names.dedup();
@@ -37,6 +38,16 @@ pub fn check(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff) -> 
         }
     }
     out
+}
+
+/// Whether anything refers to the labels of the set in section `name`: mold defines those of sets that nothing walks,
+/// such as `__patchable_function_entries`. Code refers to them by these names only, as the linker makes them. What has no
+/// relocations to tell is walked.
+fn is_walked(side: &Side<'_>, name: &str) -> bool {
+    let build = &side.build;
+    let label = |n: &str| ["__start_", "__stop_"].iter().any(|l| n.strip_prefix(l) == Some(name));
+    let exported = || build.sections.iter().any(|s| s.name == name && build.exported.contains(&s.addr));
+    build.relocs.is_empty() || build.relocs.iter().any(|r| label(build.rel_sym(r).name)) || exported()
 }
 
 /// Constants of an image that is linked to fixed addresses are reached through addresses that may lie before or

@@ -12,6 +12,8 @@ pub struct Side<'d> {
     pub lifted: Vec<Lifted<'d>>,
     /// Where anything refers to unnamed data, ascending: starts, or middles.
     soft_bounds: Vec<u64>,
+    /// Where the text that is cut at each of them ends, in a program whose text ends with a zero.
+    text_ends: Vec<u64>,
     /// Where code refers to unnamed data, ascending.
     named_by_code: Vec<u64>,
     /// The functions that refer to each data symbol.
@@ -94,6 +96,23 @@ fn pointed_by_tables(build: &Build<'_>, tables: &[u64]) -> Vec<u64> {
     out
 }
 
+/// Behind the terminator of the text at each of `bounds`, or 0 where its section has none. One pass from the end, so that a
+/// text that is referred to everywhere is read once.
+fn text_ends(build: &Build<'_>, bounds: &[u64]) -> Vec<u64> {
+    let mut out = vec![0; bounds.len()];
+    for (i, from) in bounds.iter().enumerate().rev() {
+        let Some(end) = build.section_at(*from).map(|s| s.addr + s.size) else { continue };
+        let next = bounds.get(i + 1).copied().filter(|next| *next < end);
+        let bytes = build.bytes(*from, next.unwrap_or(end) - from).unwrap_or(&[]);
+        out[i] = match (memchr::memchr(0, bytes), next) {
+            (Some(at), _) => from + at as u64 + 1,
+            (None, Some(_)) => out[i + 1],
+            (None, None) => 0,
+        };
+    }
+    out
+}
+
 impl<'d> Side<'d> {
     /// Lifts a build.
     #[must_use]
@@ -122,10 +141,11 @@ impl<'d> Side<'d> {
         soft_bounds.extend(pointed_by_tables(&build, &named_by_code));
         soft_bounds.sort_unstable();
         soft_bounds.dedup();
+        let text_ends = if build.rust { Vec::new() } else { text_ends(&build, &soft_bounds) };
         named_by_code.sort_unstable();
         named_by_code.dedup();
         users.iter_mut().chain(&mut callers).for_each(Vec::dedup);
-        Self { build, lifted, soft_bounds, named_by_code, users, callers, cold, pointers }
+        Self { build, lifted, soft_bounds, text_ends, named_by_code, users, callers, cold, pointers }
     }
 
     /// The functions that refer to a data symbol.
@@ -209,8 +229,11 @@ impl<'d> Side<'d> {
         if cut_text {
             // A tail-merged string: its end is its terminator.
             let limit = self.build.section_at(addr).map_or(hard, |s| s.addr + s.size);
-            let bytes = self.build.bytes(addr, limit - addr).unwrap_or(&[]);
-            return memchr::memchr(0, bytes).map_or(hard, |at| addr + at as u64 + 1);
+            let next = self.soft_bounds.get(index).copied().filter(|next| *next < limit);
+            let bytes = self.build.bytes(addr, next.unwrap_or(limit) - addr).unwrap_or(&[]);
+            let here = memchr::memchr(0, bytes).map(|at| addr + at as u64 + 1);
+            let further = || next.map(|_| self.text_ends[index]).filter(|end| *end != 0);
+            return here.or_else(further).unwrap_or(hard);
         }
         if soft == hard {
             return soft;

@@ -1,7 +1,7 @@
 //! Data by content: bytes, pointers, and tables of relative offsets.
 
 use super::{Comparer, Key};
-use crate::build::{DynKind, SymTarget};
+use crate::build::{DynKind, FastMap, SymTarget};
 use crate::lift::{resolve, Access, Target};
 use crate::side::{Marks, Side};
 
@@ -100,7 +100,8 @@ impl<'d> Comparer<'_, 'd> {
             let plain = plain(&mut marks_a, a, offset).min(plain(&mut marks_b, b, offset)).min(common);
             if plain > offset {
                 let run = offset as usize..plain as usize;
-                if let Some(i) = first_difference(&x[run.clone()], &y[run]) {
+                let at = (a + offset, b + offset);
+                if let Some(i) = self.equal.first_difference(at, &x[run.clone()], &y[run]) {
                     return self.location_drift(a, b, offset + i as u64, x, y);
                 }
                 offset = plain;
@@ -169,6 +170,43 @@ fn first_difference(x: &[u8], y: &[u8]) -> Option<usize> {
         return None;
     }
     x.iter().zip(y).position(|(a, b)| a != b)
+}
+
+/// Bytes of the old build that are the same in the new one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stretch {
+    from: u64,
+    to: u64,
+    /// Whether the byte at `to` differs.
+    ends: bool,
+}
+
+/// The stretch last found equal, by how far apart it lies in the two builds: a text that is referred to everywhere is
+/// compared once, not from each of these places to its end.
+#[derive(Default)]
+pub(super) struct Stretches(FastMap<u64, Stretch>);
+
+impl Stretches {
+    /// Shorter is compared faster than it is looked up.
+    const LONG: usize = 128;
+
+    /// Where `x`, which lies at `a` of the old build, first differs from `y`, at `b` of the new one.
+    fn first_difference(&mut self, (a, b): (u64, u64), x: &[u8], y: &[u8]) -> Option<usize> {
+        if x.len() < Self::LONG {
+            return first_difference(x, y);
+        }
+        let known = self.0.entry(b.wrapping_sub(a)).or_default();
+        let inside = known.from <= a && a < known.to;
+        let done = if inside { ((known.to - a) as usize).min(x.len()) } else { 0 };
+        if done == x.len() {
+            return None;
+        }
+        let found =
+            if inside && known.ends { Some(done) } else { first_difference(&x[done..], &y[done..]).map(|i| done + i) };
+        let to = a + found.unwrap_or(x.len()) as u64;
+        *known = Stretch { from: if inside { known.from } else { a }, to, ends: found.is_some() };
+        found
+    }
 }
 
 /// What a slot of the global offset table holds at run time.
@@ -267,5 +305,30 @@ impl<'d> Comparer<'_, 'd> {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{first_difference, Stretches};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_known_of_equal_stretches_changes_no_answer(
+            flips in prop::collection::vec(0usize..2000, 0..4),
+            runs in prop::collection::vec((0usize..2000, 0usize..2000), 1..40),
+        ) {
+            let old: Vec<u8> = (0..2000).map(|i| (i % 251) as u8).collect();
+            let mut new = old.clone();
+            flips.iter().for_each(|at| new[*at] ^= 1);
+            let mut known = Stretches::default();
+            for (from, len) in runs {
+                let to = (from + len).min(old.len());
+                let (x, y) = (&old[from..to], &new[from..to]);
+                let at = (0x1000 + from as u64, 0x5000 + from as u64);
+                prop_assert_eq!(known.first_difference(at, x, y), first_difference(x, y));
+            }
+        }
     }
 }

@@ -61,6 +61,8 @@ pub struct Comparer<'a, 'd> {
     why: Option<String>,
     /// Old unnamed data that is known to differ.
     doubtful: Option<&'a HashSet<u64>>,
+    /// What is known to be equal byte by byte.
+    equal: data::Stretches,
     /// Old unnamed data that was found to differ.
     pub unequal: Vec<u64>,
 }
@@ -82,6 +84,7 @@ impl<'a, 'd> Comparer<'a, 'd> {
             noise,
             why: None,
             doubtful: None,
+            equal: data::Stretches::default(),
             unequal: Vec::new(),
         }
     }
