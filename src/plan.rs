@@ -1,13 +1,14 @@
 //! Pure: image, patch and free room in, what to map, relocate and write out. No I/O.
 
 use crate::addr::{LoadBias, ProcAddr, ProcRange};
-use crate::insn::{self, Edit, OutOfReach};
+use crate::insn;
 use crate::maps::{self, Mapping, PAGE};
 use crate::patch::{in_chain, Function, PatchFile, RelocKind, RelocTarget, SegmentKind, ENTRY_JUMP_LEN};
 use crate::process::Access;
 
 pub mod beside;
 mod refusal;
+pub mod sites;
 
 pub use refusal::Refusal;
 
@@ -64,11 +65,11 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// In the region that begins at `start`, behind a record of `record_bytes`.
+    /// In the region that begins at `start`, behind a record of `record_bytes`, with so many switch stubs.
     #[must_use]
-    pub fn at(start: ProcAddr, record_bytes: u64, patch: &PatchFile) -> Option<Self> {
+    pub fn at(start: ProcAddr, record_bytes: u64, stubs: u64, patch: &PatchFile) -> Option<Self> {
         let stub = start.checked_add(record_bytes.checked_next_multiple_of(PAGE)?)?;
-        let stubs = switched(patch).checked_mul(insn::STUB_BYTES)?.checked_next_multiple_of(PAGE)?;
+        let stubs = stubs.checked_mul(insn::STUB_BYTES)?.checked_next_multiple_of(PAGE)?;
         let base = stub.checked_add(PAGE)?.checked_add(stubs)?;
         let end = base.checked_add(patch.len_bytes())?;
         Some(Self { region: ProcRange { start, end }, stub, base })
@@ -80,8 +81,14 @@ impl Layout {
     /// # Errors
     ///
     /// No room.
-    pub fn near(image: ProcRange, maps: &[Mapping], record_bytes: u64, patch: &PatchFile) -> Result<Self, Refusal> {
-        let len_bytes = Self::at(ProcAddr(0), record_bytes, patch).map_or(u64::MAX, |l| l.region.len_bytes());
+    pub fn near(
+        image: ProcRange,
+        maps: &[Mapping],
+        record_bytes: u64,
+        stubs: u64,
+        patch: &PatchFile,
+    ) -> Result<Self, Refusal> {
+        let len_bytes = Self::at(ProcAddr(0), record_bytes, stubs, patch).map_or(u64::MAX, |l| l.region.len_bytes());
         let no_room = || Refusal::NoRoom { len_bytes };
         let short = patch.relocs.iter().any(|r| r.kind == RelocKind::Abs32);
         let highest = if short { SHORT_LIMIT } else { HIGHEST };
@@ -100,51 +107,8 @@ impl Layout {
                 best = Some(start + GAP);
             }
         }
-        best.and_then(|start| Self::at(ProcAddr(start & !(PAGE - 1)), record_bytes, patch)).ok_or_else(no_room)
+        best.and_then(|start| Self::at(ProcAddr(start & !(PAGE - 1)), record_bytes, stubs, patch)).ok_or_else(no_room)
     }
-}
-
-/// How many of the patch's entries are switched together by one word: those of a patch with several. A patch that takes
-/// the place of another writes its entries in one hold.
-#[must_use]
-pub fn switched(patch: &PatchFile) -> u64 {
-    let entries = patch.manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
-    match entries.count() as u64 {
-        n if n >= 2 && patch.manifest.after.is_none() => n,
-        _ => 0,
-    }
-}
-
-/// The switch stubs of a patch: the jumps that lead to them, in the order of `edits`, and their code. While the word at `word`
-/// is `applied` they lead to the new functions, otherwise on in the old ones.
-///
-/// # Errors
-///
-/// What an entry jump overwrites cannot be moved.
-pub fn leads(
-    patch: &PatchFile,
-    layout: &Layout,
-    edits: &[CodeEdit],
-    facts: &[OldFacts],
-    word: (ProcAddr, u8),
-) -> Result<Vec<(CodeEdit, Vec<u8>)>, Refusal> {
-    if switched(patch) == 0 {
-        return Ok(Vec::new());
-    }
-    let entered =
-        patch.manifest.functions.iter().zip(facts).filter(|(f, _)| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
-    let mut out = Vec::with_capacity(edits.len());
-    for (i, (edit, (f, facts))) in edits.iter().zip(entered).enumerate() {
-        let far = || Refusal::OutOfReach { at: edit.at, to: layout.base };
-        let at = layout.stub.checked_add(PAGE + i as u64 * insn::STUB_BYTES).ok_or_else(far)?;
-        let new = layout.base.checked_add(f.new_at).ok_or_else(far)?;
-        let code = insn::switch_stub(at, word, new, edit.at, &facts.overwritten)
-            .map_err(|e| Refusal::EntryImmovable { function: f.demangled.clone(), why: e.to_string() })?;
-        let jump = Edit::Jump { at: edit.at, to: at }.encode();
-        let jump = jump.map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;
-        out.push((CodeEdit { new: jump, ..edit.clone() }, code));
-    }
-    Ok(out)
 }
 
 /// What a patch refers to outside of itself, in the process.
@@ -177,15 +141,10 @@ impl Links {
 /// # Errors
 ///
 /// A relocation does not reach its target.
-pub fn pieces(
-    patch: &PatchFile,
-    layout: &Layout,
-    links: &Links,
-    stubs: &[(CodeEdit, Vec<u8>)],
-) -> Result<Vec<Piece>, Refusal> {
+pub fn pieces(patch: &PatchFile, layout: &Layout, links: &Links, stubs: &[Vec<u8>]) -> Result<Vec<Piece>, Refusal> {
     let stub_range = ProcRange { start: layout.stub, end: layout.base };
     let mut bytes = insn::CALL_STUB.to_vec();
-    for (i, (_, code)) in stubs.iter().enumerate() {
+    for (i, code) in stubs.iter().enumerate() {
         bytes.resize((PAGE + i as u64 * insn::STUB_BYTES) as usize, 0xcc);
         bytes.extend(code);
     }
@@ -231,55 +190,6 @@ fn relocate(kind: RelocKind, symbol: ProcAddr, addend: i64, place: ProcAddr) -> 
             Some(i64::from(value).to_le_bytes())
         }
     }
-}
-
-/// The entry jumps of the patch.
-///
-/// # Errors
-///
-/// A function and its replacement are too far apart.
-pub fn entry_edits(patch: &PatchFile, layout: &Layout, bias: LoadBias) -> Result<Vec<CodeEdit>, Refusal> {
-    let mut out = Vec::new();
-    for f in &patch.manifest.functions {
-        let Some(entry) = f.old.as_ref().and_then(|o| o.entry.as_ref()) else { continue };
-        let far = Refusal::OutOfReach { at: ProcAddr(entry.at.0), to: layout.base };
-        let (Some(at), Some(to)) = (bias.to_process(entry.at), layout.base.checked_add(f.new_at)) else {
-            return Err(far);
-        };
-        // A kill between its two pages would leave half a jump.
-        if at.0 % PAGE > PAGE - ENTRY_JUMP_LEN {
-            return Err(Refusal::EntryAcrossPages { function: f.demangled.clone(), at });
-        }
-        let new = Edit::Jump { at, to }.encode().map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;
-        let expected = entry.original.0.first_chunk().copied().ok_or(far)?;
-        out.push(CodeEdit { function: f.demangled.clone(), at, expected, new });
-    }
-    Ok(out)
-}
-
-/// The jumps of functions of the previous patch that lead to this one, at `places`, where `expected` stands.
-///
-/// # Errors
-///
-/// A function and its replacement are too far apart.
-pub fn redirect_edits(
-    patch: &PatchFile,
-    layout: &Layout,
-    places: &[ProcAddr],
-    expected: &[[u8; 5]],
-) -> Result<Vec<CodeEdit>, Refusal> {
-    let mut out = Vec::new();
-    for ((r, at), expected) in patch.manifest.redirects.iter().zip(places).zip(expected) {
-        let far = || Refusal::OutOfReach { at: *at, to: layout.base };
-        if at.0 % PAGE > PAGE - ENTRY_JUMP_LEN {
-            return Err(Refusal::EntryAcrossPages { function: r.name.clone(), at: *at });
-        }
-        let to = layout.base.checked_add(r.new_at).ok_or_else(far)?;
-        let new =
-            Edit::Jump { at: *at, to }.encode().map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })?;
-        out.push(CodeEdit { function: r.name.clone(), at: *at, expected: *expected, new });
-    }
-    Ok(out)
 }
 
 /// What must be read to judge one old function: its body with the padding that the jump needs, and its companions.

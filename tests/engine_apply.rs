@@ -26,7 +26,8 @@ fn case(name: &str, flags: &[&str]) -> Case {
     let folder = folder(name);
     let old = gcc(&folder, "old", SERVER, flags);
     let fix = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &fix, replace: &["answer", "slow"], may_unwind: false };
+    let recipe =
+        Recipe { name: "fix", old: &old, object: &fix, replace: &["answer", "slow"], may_unwind: false, after: None };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     Case { folder, old, fix }
 }
@@ -139,7 +140,14 @@ fn refusals_name_what_and_why() {
     }
     // A second patch, and the same name again.
     let second = object(&case.folder, "second.o", "int answer(int x) { return x + 3000; }");
-    let recipe = Recipe { name: "second", old: &case.old, object: &second, replace: &["answer"], may_unwind: false };
+    let recipe = Recipe {
+        name: "second",
+        old: &case.old,
+        object: &second,
+        replace: &["answer"],
+        may_unwind: false,
+        after: None,
+    };
     let second = write_patch(&recipe, &case.folder.join("second.so"));
     run(&["apply", &pid, fix], 0);
     let out = run(&["apply", &pid, second.to_str().unwrap(), "--json"], 3);
@@ -177,7 +185,8 @@ fn processes_that_cannot_be_patched_are_told_apart() {
     let fixed = |flags: &[&str], name: &str| {
         let old = gcc(&case.folder, name, SERVER, flags);
         let object = case.folder.join("fix.o");
-        let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer"], may_unwind: false };
+        let recipe =
+            Recipe { name: "fix", old: &old, object: &object, replace: &["answer"], may_unwind: false, after: None };
         let fix = write_patch(&recipe, &case.folder.join(format!("{name}.so")));
         (old, fix)
     };

@@ -80,7 +80,7 @@ fn five_hundred_functions_switch_at_once() {
     let object = object(&folder, "fix.o", &functions(2));
     let names: Vec<String> = (0..FUNCTIONS).map(|i| format!("f{i}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &names, may_unwind: false };
+    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &names, may_unwind: false, after: None };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let mut target = Target::start(&old, &[]);
     let (pid, fix) = (target.pid().to_string(), fix.to_str().unwrap());

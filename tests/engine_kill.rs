@@ -2,7 +2,7 @@
 //!
 //! The one thing that a kill may show: between a stop and the write that hides it, a blocked call may return EINTR.
 //!
-//! `KILL_STEP=n` tries every n-th place only (default 7; `./ci/kill-matrix` tries all).
+//! `KILL_STEP=n` tries every n-th place only (default 13; `./ci/kill-matrix --full` tries all).
 #![allow(unsafe_code)]
 
 mod engine_support;
@@ -20,6 +20,13 @@ const FIX: &str = r#"
 extern int calls;
 __attribute__((noinline)) int plain(int x) { __asm__ volatile("" ::: "memory"); return x + 500; }
 __attribute__((noinline)) int answer(int x) { calls++; return plain(x) + 1501; }
+"#;
+
+/// In the place of that: `plain` is given back. Half of it would answer 3502.
+const NEXT: &str = r#"
+extern int calls;
+int plain(int);
+__attribute__((noinline)) int answer(int x) { calls++; return plain(x) + 3001; }
 "#;
 
 /// Runs a command under a tracer that kills it at its `kill_at`-th stop at a system call, entries and exits counted.
@@ -75,6 +82,11 @@ fn traced(args: &[&str], kill_at: Option<u64>) -> (u64, Option<i32>) {
     }
 }
 
+/// Of how many places one is tried.
+fn step() -> u64 {
+    std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(13)
+}
+
 struct Place {
     target: Target,
     pid: String,
@@ -83,15 +95,20 @@ struct Place {
 impl Place {
     fn state(&mut self, context: &str) -> String {
         let answer = self.target.ask("answer 1");
-        assert!(answer == "1002" || answer == "2002", "{context}: {answer}");
+        let name = match answer.as_str() {
+            "1002" => None,
+            "2002" => Some("fix"),
+            "3002" => Some("next"),
+            other => panic!("{context}: {other}"),
+        };
         assert_eq!(self.target.ask("torn"), "0", "{context}: a thread saw what it must not see");
         assert_eq!(self.target.ask("lost"), "0", "{context}: signals are lost");
         let out = livepatch(&["status", &self.pid, "--json"]);
         assert_eq!(out.code, 0, "{context}: {}", out.stderr);
         let status: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
         let patches = status[0]["patches"].as_array().unwrap();
-        let applied = patches.iter().any(|p| p["state"] == "applied");
-        assert_eq!(applied, answer == "2002", "{context}: status says {patches:?}");
+        let applied: Vec<_> = patches.iter().filter(|p| p["state"] == "applied").map(|p| p["patch"].as_str()).collect();
+        assert_eq!(applied, Vec::from_iter(name.map(Some)), "{context}: status says {patches:?}");
         assert!(patches.iter().all(|p| p["damage"].is_null()), "{context}: {patches:?}");
         answer
     }
@@ -107,10 +124,16 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
     let folder = folder("kill");
     let old = gcc(&folder, "old", SERVER, &[]);
     let object = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer", "plain"], may_unwind: false };
+    let recipe = Recipe {
+        name: "fix",
+        old: &old,
+        object: &object,
+        replace: &["answer", "plain"],
+        may_unwind: false,
+        after: None,
+    };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let fix = fix.to_str().unwrap();
-    let step = std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
     let mut killed = 0;
     for action in ["apply", "revert", "apply-again"] {
         let mut place = begin(&old);
@@ -142,13 +165,74 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
                 break;
             }
             (killed, here) = (killed + 1, here + 1);
-            at += step;
+            at += step();
             if action == "apply" {
                 place = begin(&old);
             }
         }
     }
     println!("{killed} kills: every target ran on, all old or all new");
+    assert!(killed > 30, "only {killed} kills");
+}
+
+#[test]
+fn a_tool_that_is_killed_while_one_patch_takes_the_place_of_another_leaves_either() {
+    let folder = folder("kill-replace");
+    let old = gcc(&folder, "old", SERVER, &[]);
+    let (first, second) = (object(&folder, "fix.o", FIX), object(&folder, "next.o", NEXT));
+    let recipe = Recipe {
+        name: "fix",
+        old: &old,
+        object: &first,
+        replace: &["answer", "plain"],
+        may_unwind: false,
+        after: None,
+    };
+    let fix = write_patch(&recipe, &folder.join("fix.so"));
+    let recipe = Recipe { name: "next", object: &second, replace: &["answer"], after: Some(&fix), ..recipe };
+    let next = write_patch(&recipe, &folder.join("next.so"));
+    let (fix, next) = (fix.to_str().unwrap(), next.to_str().unwrap());
+    let mut killed = 0;
+    for action in ["replace", "replace-again", "revert"] {
+        let mut place = begin(&old);
+        let mut at = 1;
+        loop {
+            let context = format!("{action} killed at stop {at}");
+            place.run(&["apply", &place.pid, fix], &context);
+            if action != "replace" {
+                place.run(&["apply", &place.pid, next], &context);
+                assert_eq!(place.state(&context), "3002");
+            }
+            if action == "replace-again" {
+                place.run(&["revert", &place.pid], &context);
+                place.run(&["apply", &place.pid, fix], &context);
+            }
+            let args = if action == "revert" { vec!["revert", &place.pid] } else { vec!["apply", &place.pid, next] };
+            let (stops, ended) = traced(&args, Some(at));
+            let seen = place.state(&context);
+            place.run(&["recover", &place.pid], &context);
+            assert_eq!(place.state(&context), seen, "{context}: a recovery changes nothing that calls see");
+            assert_eq!(seen == "1002", action == "revert" && seen != "3002", "{context}: {seen}");
+            if seen == "2002" {
+                place.run(&["apply", &place.pid, next], &context);
+                assert_eq!(place.state(&context), "3002");
+            }
+            if seen != "1002" {
+                place.run(&["revert", &place.pid], &context);
+            }
+            assert_eq!(place.state(&context), "1002");
+            if ended.is_some() {
+                println!("{action:14} {stops:6} places  {killed:6} kills so far");
+                break;
+            }
+            killed += 1;
+            at += step();
+            if action == "replace" {
+                place = begin(&old);
+            }
+        }
+    }
+    println!("{killed} kills: every target ran on, in one version or the other");
     assert!(killed > 30, "only {killed} kills");
 }
 
@@ -168,7 +252,14 @@ fn the_second_of_two_commands_names_the_first() {
     let folder = folder("kill-lock");
     let old = gcc(&folder, "old", SERVER, &[]);
     let object = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer", "plain"], may_unwind: false };
+    let recipe = Recipe {
+        name: "fix",
+        old: &old,
+        object: &object,
+        replace: &["answer", "plain"],
+        may_unwind: false,
+        after: None,
+    };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let target = Target::start(&old, &[]);
     let pid = target.pid().to_string();
@@ -198,7 +289,14 @@ fn a_patch_that_is_applied_in_part_is_taken_back_whole() {
     let folder = folder("kill-part");
     let old = gcc(&folder, "old", SERVER, &[]);
     let object = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &object, replace: &["answer", "plain"], may_unwind: false };
+    let recipe = Recipe {
+        name: "fix",
+        old: &old,
+        object: &object,
+        replace: &["answer", "plain"],
+        may_unwind: false,
+        after: None,
+    };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let mut target = Target::start(&old, &[]);
     let (pid, fix) = (target.pid().to_string(), fix.to_str().unwrap());

@@ -91,7 +91,7 @@ fn births_deaths_and_signals_are_no_matter() {
     let folder = folder("engine-storm");
     let old = gcc(&folder, "old", PROGRAM, &[]);
     let new = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &new, replace: &["value"], may_unwind: false };
+    let recipe = Recipe { name: "fix", old: &old, object: &new, replace: &["value"], may_unwind: false, after: None };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let mut target = Target::start(&old, &[]);
     let (pid, fix) = (target.pid().to_string(), fix.to_str().unwrap().to_owned());
@@ -111,7 +111,7 @@ fn a_kernel_that_writes_no_code_through_proc_is_no_matter() {
     let folder = folder("engine-poke");
     let old = gcc(&folder, "old", PROGRAM, &[]);
     let new = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &new, replace: &["value"], may_unwind: false };
+    let recipe = Recipe { name: "fix", old: &old, object: &new, replace: &["value"], may_unwind: false, after: None };
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let patch = PatchFile::parse(&std::fs::read(fix).unwrap()).unwrap();
     let mut target = Target::start(&old, &[]);
@@ -128,7 +128,7 @@ fn sample() -> Vec<u8> {
     let folder = folder("engine-parse");
     let old = gcc(&folder, "old", PROGRAM, &[]);
     let new = object(&folder, "fix.o", FIX);
-    let recipe = Recipe { name: "fix", old: &old, object: &new, replace: &["value"], may_unwind: false };
+    let recipe = Recipe { name: "fix", old: &old, object: &new, replace: &["value"], may_unwind: false, after: None };
     std::fs::read(write_patch(&recipe, &folder.join("fix.so"))).unwrap()
 }
 

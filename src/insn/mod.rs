@@ -6,7 +6,7 @@ use crate::addr::{ProcAddr, ProcRange};
 
 mod stub;
 
-pub use stub::{original_thunk, switch_stub, StubError, OVERWRITTEN, STUB_BYTES};
+pub use stub::{original_thunk, switch_stub, StubError, Way, OVERWRITTEN, STUB_BYTES};
 
 /// An instruction that we write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,14 @@ impl Edit {
             }
         }
     }
+}
+
+/// Where the jump that we wrote at `at` leads, if these bytes are one.
+#[must_use]
+pub fn jump_target(at: ProcAddr, bytes: [u8; 5]) -> Option<ProcAddr> {
+    let [0xe9, a, b, c, d] = bytes else { return None };
+    let next = at.0.checked_add(5)?;
+    next.checked_add_signed(i64::from(i32::from_le_bytes([a, b, c, d]))).map(ProcAddr)
 }
 
 /// Calls the function in `rax` and then makes a harmless system call, at which a tracer catches the thread. If the

@@ -1,18 +1,18 @@
-//! The switch stub: code behind an entry jump that follows a word of the patch's record, to the new function or on in
-//! the old one; and the copy of the overwritten instructions (the original thunk) that the second way needs.
+//! The switch stub: code behind an entry jump that follows a word of the patch's record, one way or the other: to a function, or on
+//! in one; and the copy of the overwritten instructions (the original thunk) that the second kind of way needs.
 //!
 //! ```text
 //! lea   rsp, [rsp-128]        ; the red zone may be in use: a body may branch back to its entry
 //! pushfq
 //! cmp   dword [rip+word], 2   ; applied
-//! jne   old
+//! jne   otherwise
 //! popfq
 //! lea   rsp, [rsp+128]
-//! jmp   new
-//! old:
+//! jmp   new                   ; a way to a function
+//! otherwise:
 //! popfq
 //! lea   rsp, [rsp+128]
-//! ...                         ; the overwritten instructions, moved
+//! ...                         ; a way on in a function: the overwritten instructions, moved
 //! jmp   behind the entry jump
 //! ```
 //!
@@ -59,8 +59,16 @@ pub enum StubError {
     },
 }
 
-/// The stub at `at` for the entry jump at `entry`: to `new` while the word at `word` is `applied`, else on in the old
-/// function, whose code from the entry on begins with `code`.
+/// Where one way through a switch stub goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way<'c> {
+    /// To the function that begins here.
+    To(ProcAddr),
+    /// On in the function whose entry is overwritten, and whose code from there on begins with these bytes.
+    On(&'c [u8]),
+}
+
+/// The stub at `at` for the entry jump at `entry`: the first way while the word at `word` is `applied`, else the other.
 ///
 /// # Errors
 ///
@@ -68,9 +76,8 @@ pub enum StubError {
 pub fn switch_stub(
     at: ProcAddr,
     (word, applied): (ProcAddr, u8),
-    new: ProcAddr,
     entry: ProcAddr,
-    code: &[u8],
+    ways: [Way<'_>; 2],
 ) -> Result<Vec<u8>, StubError> {
     const BACK: [u8; 9] = [0x9d, 0x48, 0x8d, 0xa4, 0x24, 0x80, 0, 0, 0];
     let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
@@ -81,13 +88,25 @@ pub fn switch_stub(
     let mut out = vec![0x48, 0x8d, 0x64, 0x24, 0x80, 0x9c, 0x83, 0x3d];
     out.extend(relative(at.0 + out.len() as u64 + 5, word)?);
     out.push(applied);
-    out.extend([0x75, BACK.len() as u8 + 5]);
-    out.extend(BACK);
-    out.push(0xe9);
-    out.extend(relative(at.0 + out.len() as u64 + 4, new)?);
-    out.extend(BACK);
-    let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
-    out.extend(original_thunk(thunk, entry, code)?);
+    let branch = out.len();
+    out.extend([0x75, 0]);
+    for (i, way) in ways.into_iter().enumerate() {
+        out.extend(BACK);
+        match way {
+            Way::To(to) => {
+                out.push(0xe9);
+                out.extend(relative(at.0 + out.len() as u64 + 4, to)?);
+            }
+            Way::On(code) => {
+                let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
+                out.extend(original_thunk(thunk, entry, code)?);
+            }
+        }
+        if i == 0 {
+            let distance = i8::try_from(out.len() - branch - 2).map_err(|_| far("it needs too much room"))?;
+            out[branch + 1] = distance.cast_unsigned();
+        }
+    }
     if out.len() as u64 > STUB_BYTES {
         return Err(far("it needs too much room"));
     }
@@ -233,7 +252,9 @@ mod tests {
     fn a_stub_follows_its_word() {
         let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
         let at = ProcAddr(0x9000);
-        let stub = switch_stub(at, (ProcAddr(0x8048), 2), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        let stub =
+            switch_stub(at, (ProcAddr(0x8048), 2), ProcAddr(0x1000), [Way::To(ProcAddr(0xa000)), Way::On(&code)])
+                .unwrap();
         let lines = text(&stub, at.0);
         assert_eq!(
             lines,
@@ -253,7 +274,8 @@ mod tests {
                 "jmp 0000000000001005h",
             ]
         );
-        let far = switch_stub(at, (ProcAddr(1 << 40), 2), ProcAddr(0xa000), ProcAddr(0x1000), &code);
+        let far =
+            switch_stub(at, (ProcAddr(1 << 40), 2), ProcAddr(0x1000), [Way::To(ProcAddr(0xa000)), Way::On(&code)]);
         assert!(matches!(far, Err(StubError::OutOfReach { .. })));
     }
 }

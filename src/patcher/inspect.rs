@@ -6,13 +6,15 @@ use super::{Error, Inspected, Options, Patcher};
 use crate::addr::{ProcAddr, ProcRange};
 use crate::elf::EM_X86_64;
 use crate::image::Image;
+use crate::insn;
 use crate::link::{LinkError, Scope};
+use crate::maps::PAGE;
 use crate::memory::ReadMemory;
 use crate::patch::{in_chain, HexBytes, PatchFile, STACK_SWITCHES};
 use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
-use crate::registry::{Found, FunctionRecord, State, Unwind};
+use crate::registry::{EntryRecord, Found, FunctionRecord, State, Unwind};
 use crate::transaction::{Applied, Planned, Replaced, Target};
 
 /// Libraries that define such functions or are known not to switch.
@@ -135,7 +137,7 @@ impl Patcher {
             let usable = r.mutable.unwind != Unwind::Registering && self.is_loaded(r);
             // With another consistency it may have had other entries.
             let entered = manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
-            let same = r.payload.entries.len() == entered.count() + manifest.redirects.len();
+            let same = r.payload.jumps() == entered.count() + manifest.redirects.len();
             r.payload.digest.0 == patch.digest && usable && same
         };
         let earlier = records.iter().find(known);
@@ -279,7 +281,7 @@ impl Patcher {
             };
             chain.push(earlier);
         }
-        let mut redirected = Vec::new();
+        let mut places: Vec<ProcAddr> = found.payload.entries.iter().map(|e| e.at).collect();
         for r in &patch.manifest.redirects {
             let (back, offset) = in_chain(r.at);
             let of = chain.get(back).map(|f| &f.payload);
@@ -288,19 +290,33 @@ impl Patcher {
             let code = |f: &FunctionRecord| {
                 f.new.range().is_some_and(|c| range.is_some_and(|r| c.start <= r.start && r.end <= c.end))
             };
-            let mut bytes = [0; 5];
             let known = of.is_some_and(|p| p.functions.iter().any(|f| f.name == r.name && code(f)));
-            let read = known.then(|| self.process.read_exact(at.unwrap_or_default(), &mut bytes));
-            if !matches!(read, Some(Ok(()))) {
+            let Some(at) = at.filter(|_| known) else {
                 let (name, what) = (found.payload.patch.clone(), format!("{} is not in its code", r.name));
                 return Err(Refusal::Damaged { name, at: found.region.start, what }.into());
-            }
-            // Where the replaced patch leads it on already: to its own code, in the end.
-            let led = found.payload.entries.iter().find(|e| Some(e.at) == at && e.jump.0 == bytes);
-            redirected.push(led.and_then(|e| e.original.0.first_chunk().copied()).unwrap_or(bytes));
+            };
+            places.push(at);
         }
+        let code = places.into_iter().map(|at| (at, self.unpatched(at, &found.payload.entries))).collect();
         let chain = chain.iter().map(|f| f.payload.base).collect();
-        Ok(Some(Replaced { found: found.clone(), chain, redirected }))
+        Ok(Some(Replaced { found: found.clone(), chain, code }))
+    }
+
+    /// The code at `at`, as far as an entry jump may reach into it, without the jumps of `entries`.
+    fn unpatched(&self, at: ProcAddr, entries: &[EntryRecord]) -> Vec<u8> {
+        let to_page = (PAGE - at.0 % PAGE).min(insn::OVERWRITTEN as u64);
+        let read = |len| self.process.read_vec(at, len).ok();
+        let mut code = read(insn::OVERWRITTEN as u64).or_else(|| read(to_page)).unwrap_or_default();
+        for entry in entries {
+            for (i, byte) in entry.original.0.iter().enumerate() {
+                let place = entry.at.checked_add(i as u64).and_then(|p| p.offset_from(at));
+                let place = place.and_then(|o| usize::try_from(o).ok());
+                if let Some(there) = place.and_then(|o| code.get_mut(o)) {
+                    *there = *byte;
+                }
+            }
+        }
+        code
     }
 
     /// Where everything is that the patch imports.

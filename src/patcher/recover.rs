@@ -10,11 +10,12 @@ use serde::Serialize;
 use super::rewrite::Place;
 use super::{Error, Options, Patcher, Retry};
 use crate::memory::ReadMemory;
+use crate::patch::HexBytes;
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::Undisturbed;
 use crate::process::{Process, RemoteCall};
 use crate::registry::{encode_mutable, EntryRecord, Found, Mutable, State, Unwind, MUTABLE_AT};
-use crate::transaction::{undone, Applied};
+use crate::transaction::Applied;
 
 /// Where the entries of a patch lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,23 +61,34 @@ pub(super) struct Lead {
 impl Lead {
     /// Reads the entries of `found`. What another of `records` wrote there is not its own, and no damage: a command died
     /// while one patch took the place of another.
-    pub(super) fn read<M: ReadMemory + ?Sized>(memory: &M, found: &Found, records: &[Found]) -> Result<Self, Refusal> {
+    pub(super) fn read<'r, M: ReadMemory + ?Sized>(
+        memory: &M,
+        found: &Found,
+        records: &'r [Found],
+    ) -> Result<Self, Refusal> {
         let applied = found.mutable.state == State::Applied;
         let (mut old, mut new, mut by_stub) = (0, 0, 0);
         for e in &found.payload.entries {
             let there = memory.read_vec(e.at, e.jump.0.len() as u64).unwrap_or_default();
-            let of_another = |r: &Found| {
-                let wrote = |o: &EntryRecord| {
-                    o.at == e.at && (o.jump.0 == there || o.lead.as_ref().is_some_and(|l| l.0 == there))
-                };
-                r.region != found.region && r.payload.entries.iter().any(wrote)
+            let holds = |bytes: &HexBytes| bytes.0 == there;
+            let others = || {
+                let entries = |r: &'r Found| r.payload.entries.iter().filter(|o| o.at == e.at).map(move |o| (r, o));
+                records.iter().filter(|r| r.region != found.region).flat_map(entries)
             };
-            if e.lead.as_ref().is_some_and(|l| there == l.0) {
+            // Another patch was about to take its place: its stubs lead here until its word says otherwise.
+            let on_the_way = |(r, o): (&Found, &EntryRecord)| {
+                let leads_here = o.before.as_ref() == Some(&e.jump) && o.lead.as_ref().is_some_and(holds);
+                leads_here && r.mutable.state != State::Applied
+            };
+            let of_another = |(_, o): (&Found, &EntryRecord)| holds(&o.jump) || o.lead.as_ref().is_some_and(holds);
+            if e.by_stub(&there) {
                 by_stub += 1;
                 *if applied { &mut new } else { &mut old } += 1;
-            } else if there == e.jump.0 {
+            } else if e.is_given_back() {
+                old += usize::from(e.before.as_ref().is_some_and(holds));
+            } else if holds(&e.jump) || others().any(on_the_way) {
                 new += 1;
-            } else if applied && there != e.original.0 && !records.iter().any(of_another) {
+            } else if applied && !holds(&e.original) && !others().any(of_another) {
                 let what = format!("the entry of {} holds neither its own bytes nor the patch's jump", e.function);
                 return Err(Refusal::Damaged { name: found.payload.patch.clone(), at: e.at, what });
             } else {
@@ -202,20 +214,20 @@ impl Patcher {
 
     /// Points entries that lead to switch stubs to where those lead.
     fn straighten(&mut self, found: &Found, options: &Options) -> Result<(), Error> {
-        let applied = Applied::new(found.clone())?;
-        let leads = applied.leads();
-        // From the stubs to the jumps, or to the original bytes.
-        let edits: Vec<CodeEdit> = if found.mutable.state == State::Applied {
-            undone(&self.process, leads)
-        } else {
-            let rest = applied.rest();
-            let there =
-                |e: &CodeEdit| self.process.read_vec(e.at, e.expected.len() as u64).is_ok_and(|b| b == e.expected);
-            rest.into_iter().filter(there).collect()
+        let applied = found.mutable.state == State::Applied;
+        let edit = |e: &EntryRecord| {
+            let there = self.process.read_vec(e.at, e.jump.0.len() as u64).ok().filter(|there| e.by_stub(there))?;
+            let by_lead = e.lead.as_ref().is_some_and(|l| l.0 == there);
+            let old = e.before.as_ref().filter(|_| by_lead).unwrap_or(&e.original);
+            let new = if applied { &e.jump } else { old };
+            let (expected, new) = (*there.first_chunk()?, *new.0.first_chunk()?);
+            Some(CodeEdit { function: e.function.clone(), at: e.at, expected, new })
         };
+        let edits: Vec<CodeEdit> = found.payload.entries.iter().filter_map(edit).collect();
+        let watched = Applied::new(found.clone())?.windows_and_stubs();
         let place = Place::new(&self.process, &self.images, &self.maps, &found.payload.patch);
         let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
-        place.rewrite(&mut self.process, &edits, applied.windows_and_stubs(), &mut retry)?;
+        place.rewrite(&mut self.process, &edits, watched, &mut retry)?;
         Ok(())
     }
 
@@ -241,7 +253,6 @@ impl Patcher {
 mod tests {
     use super::*;
     use crate::addr::{ProcAddr, ProcRange};
-    use crate::patch::HexBytes;
     use crate::process::fake::FakeProcess;
     use crate::process::Access;
     use crate::registry::Payload;
@@ -256,6 +267,8 @@ mod tests {
             original: HexBytes(vec![1; 5]),
             jump: HexBytes(vec![jump; 5]),
             lead: Some(HexBytes(vec![jump + 1; 5])),
+            before: None,
+            back: None,
         };
         let region = ProcRange::new(ProcAddr(region), 0x1000).unwrap();
         let payload = Payload {
@@ -301,5 +314,25 @@ mod tests {
         assert_eq!(lead([20, 7], &below, &both), Ok((Entries::Mixed, false)));
         assert_eq!(lead([20, 20], &below, &both), Ok((Entries::Old, false)));
         assert_eq!(lead([20, 7], &above, &both), Ok((Entries::Mixed, false)));
+    }
+
+    #[test]
+    fn stubs_of_a_patch_on_its_way_lead_to_the_one_below() {
+        let below = record(0x9000, State::Applied, 7);
+        // It takes the first entry, and gives the second one back.
+        let mut above = record(0xa000, State::Staged, 20);
+        above.payload.entries.iter_mut().for_each(|e| e.before = Some(HexBytes(vec![7; 5])));
+        above.payload.entries[0].back = Some(HexBytes(vec![30; 5]));
+        above.payload.entries[1].jump = HexBytes(vec![1; 5]);
+        let mut both = [above, below.clone()];
+        assert_eq!(lead([21, 7], &below, &both), Ok((Entries::New, true)));
+        assert_eq!(lead([21, 21], &below, &both), Ok((Entries::New, true)));
+        assert_eq!(lead([21, 7], &both[0], &both), Ok((Entries::Old, false)));
+        assert_eq!(lead([7, 7], &both[0], &both), Ok((Entries::Old, false)), "nothing done yet");
+        both[0].mutable.state = State::Applied;
+        assert_eq!(lead([21, 21], &below, &both), Ok((Entries::Old, false)), "its record comes second");
+        assert_eq!(lead([21, 21], &both[0], &both), Ok((Entries::New, false)));
+        assert_eq!(lead([20, 1], &both[0], &both), Ok((Entries::New, true)));
+        assert_eq!(lead([30, 1], &both[0], &both), Ok((Entries::New, false)), "on its way back");
     }
 }

@@ -89,14 +89,13 @@ impl Patcher {
                 Ok(Entries::Old) if unfinished && found.mutable.state == State::Applied => State::Reverted,
                 _ => found.mutable.state,
             };
-            let applied = state == State::Applied;
             let payload = found.payload.clone();
+            let entries = payload.jumps();
             let mutable = found.mutable;
             let damage = match Applied::new(found.clone()) {
                 _ if found.mutable.state == State::Applied && !self.is_loaded(found) => {
                     Some("the library that it patches is no longer loaded (livepatch recover)".into())
                 }
-                Ok(a) if applied && !unfinished => a.check_entries(&self.process).err().map(|e| e.to_string()),
                 Ok(_) => lead.err().map(|e| e.to_string()),
                 Err(e) => Some(e.to_string()),
             };
@@ -110,7 +109,7 @@ impl Patcher {
                 state,
                 unfinished,
                 functions: payload.functions.iter().filter(|f| f.old.is_some()).map(|f| f.demangled.clone()).collect(),
-                entries: payload.entries.len(),
+                entries,
                 applied_at: mutable.applied_at_s,
                 pause_us: (mutable.pause_ns as f64 / 100.0).round() / 10.0,
                 unwind_registered: mutable.unwind == Unwind::Registered,

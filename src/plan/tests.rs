@@ -61,12 +61,12 @@ fn function(code: &[u8], padding: u64) -> Function {
 fn a_pie_gets_its_patch_below_and_a_fixed_program_above() {
     let pie = ProcRange { start: ProcAddr(0x5555_5555_4000), end: ProcAddr(0x5555_5565_4000) };
     let maps = [mapping(pie.start.0, pie.end.0), mapping(0x5555_5565_5000, 0x5555_5575_5000)];
-    let layout = Layout::near(pie, &maps, 100, &patch()).unwrap();
+    let layout = Layout::near(pie, &maps, 100, 0, &patch()).unwrap();
     assert!(layout.region.end.0 <= pie.start.0 - BELOW && layout.region.start.0 > pie.end.0 - REACH);
     assert_eq!(layout.region.len_bytes(), 2 * PAGE + patch().len_bytes());
     let fixed = ProcRange { start: ProcAddr(0x40_0000), end: ProcAddr(0x50_0000) };
     let maps = [mapping(fixed.start.0, fixed.end.0), mapping(0x60_0000, 0x70_0000)];
-    let layout = Layout::near(fixed, &maps, 100, &patch()).unwrap();
+    let layout = Layout::near(fixed, &maps, 100, 0, &patch()).unwrap();
     assert!(layout.region.start.0 > 0x70_0000 && layout.region.end.0 <= fixed.start.0 + REACH);
 }
 
@@ -74,8 +74,8 @@ fn a_pie_gets_its_patch_below_and_a_fixed_program_above() {
 fn no_room_is_a_refusal() {
     let image = ProcRange { start: ProcAddr(0x5555_5555_4000), end: ProcAddr(0x5555_5565_4000) };
     let all = [mapping(image.start.0 - (4 << 30), image.end.0 + (4 << 30))];
-    assert!(matches!(Layout::near(image, &all, 1, &patch()), Err(Refusal::NoRoom { .. })));
-    assert!(matches!(Layout::near(image, &[], u64::MAX, &patch()), Err(Refusal::NoRoom { .. })));
+    assert!(matches!(Layout::near(image, &all, 1, 0, &patch()), Err(Refusal::NoRoom { .. })));
+    assert!(matches!(Layout::near(image, &[], u64::MAX, 0, &patch()), Err(Refusal::NoRoom { .. })));
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn relocations_are_stored_or_refused() {
         reloc(4096, RelocKind::Abs64, RelocTarget::Image(ImageAddr(0x20)), 0),
     ];
     let bias = LoadBias(0x10_0000);
-    let layout = Layout::at(ProcAddr(0x20_0000), 1, &patch).unwrap();
+    let layout = Layout::at(ProcAddr(0x20_0000), 1, 0, &patch).unwrap();
     let links = Links { bias, ..Links::default() };
     let pieces = pieces(&patch, &layout, &links, &[]).unwrap();
     let text = &pieces[1].bytes;
@@ -97,7 +97,7 @@ fn relocations_are_stored_or_refused() {
     assert_eq!(text[8..16], (layout.base.0 + 4096 + 8).to_le_bytes());
     assert_eq!(pieces[2].bytes[..8], 0x10_0020u64.to_le_bytes());
     assert_eq!((pieces[1].access, pieces[2].access), (Access::Execute, Access::Write));
-    let far = Layout::at(ProcAddr(0x20_0000 + (3 << 30)), 1, &patch).unwrap();
+    let far = Layout::at(ProcAddr(0x20_0000 + (3 << 30)), 1, 0, &patch).unwrap();
     assert!(matches!(super::pieces(&patch, &far, &links, &[]), Err(Refusal::OutOfReach { .. })));
     let mut under = patch.clone();
     under.relocs = vec![reloc(8, RelocKind::Abs64, RelocTarget::Image(ImageAddr(0)), i64::MIN)];

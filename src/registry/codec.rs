@@ -23,7 +23,10 @@ use crate::addr::{ProcAddr, ProcRange};
 use crate::patch::HexBytes;
 
 const MARK: [u8; 16] = *b"livepatch-record";
-const VERSION: u32 = 1;
+/// 1 had neither `before` nor `back`: a patch that took the place of another wrote all entries in one hold.
+const VERSION: u32 = 2;
+/// The oldest that is read.
+const OLDEST: u32 = 1;
 
 /// Bytes before the payload.
 pub const HEADER_BYTES: usize = 128;
@@ -45,7 +48,7 @@ pub enum CodecError {
     #[error("it does not begin as a record does")]
     Mark,
     /// Another version of livepatch wrote it.
-    #[error("it is of version {0}; this livepatch knows version {VERSION}")]
+    #[error("it is of version {0}; this livepatch knows versions {OLDEST} to {VERSION}")]
     Version(u32),
     /// It ends too soon.
     #[error("it is cut off")]
@@ -146,11 +149,31 @@ pub struct EntryRecord {
     pub at: ProcAddr,
     /// What stood there.
     pub original: HexBytes,
-    /// The jump.
+    /// The jump; the same as `original` where the patch only gives back what another had taken.
     pub jump: HexBytes,
     /// The jump to the switch stub, where one word switches several entries.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lead: Option<HexBytes>,
+    /// What stood there before the apply, if it was the jump of the patch whose place this one took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<HexBytes>,
+    /// The jump to the switch stub of a revert, where it is another: it goes on in the original, not in what was there before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub back: Option<HexBytes>,
+}
+
+impl EntryRecord {
+    /// Whether the patch has nothing of its own there.
+    #[must_use]
+    pub fn is_given_back(&self) -> bool {
+        self.jump == self.original
+    }
+
+    /// Whether the bytes that stand there lead to a switch stub of the patch.
+    #[must_use]
+    pub fn by_stub(&self, there: &[u8]) -> bool {
+        [&self.lead, &self.back].into_iter().flatten().any(|l| l.0 == there)
+    }
 }
 
 /// The old version of a function, as mapped.
@@ -206,6 +229,14 @@ pub struct Payload {
     pub functions: Vec<FunctionRecord>,
 }
 
+impl Payload {
+    /// How many entries lead into the patch when it is applied.
+    #[must_use]
+    pub fn jumps(&self) -> usize {
+        self.entries.iter().filter(|e| !e.is_given_back()).count()
+    }
+}
+
 fn bytes<const N: usize>(from: &[u8], at: usize) -> Result<[u8; N], CodecError> {
     from.get(at..).and_then(|b| b.first_chunk::<N>()).copied().ok_or(CodecError::Truncated)
 }
@@ -235,7 +266,7 @@ impl Header {
             return Err(CodecError::Mark);
         }
         let version = u32_at(head, 16)?;
-        if version != VERSION {
+        if !(OLDEST..=VERSION).contains(&version) {
             return Err(CodecError::Version(version));
         }
         let state = match u32_at(head, 72)? {
@@ -344,7 +375,11 @@ fn check(payload: &Payload, header: &Header) -> Result<(), CodecError> {
     }
     let length = crate::patch::ENTRY_JUMP_LEN as usize;
     let fits = |b: &HexBytes| b.0.len() == length;
-    if !payload.entries.iter().all(|e| fits(&e.original) && fits(&e.jump) && e.lead.as_ref().is_none_or(fits)) {
+    let all = |e: &EntryRecord| {
+        let more = [&e.lead, &e.before, &e.back];
+        fits(&e.original) && fits(&e.jump) && more.into_iter().flatten().all(fits)
+    };
+    if !payload.entries.iter().all(all) {
         return Err(CodecError::Field("entry"));
     }
     let fits = header.record_bytes() <= payload.record_bytes && payload.record_bytes <= header.region_bytes;
@@ -376,6 +411,8 @@ mod tests {
                 original: HexBytes(vec![1; 5]),
                 jump: HexBytes(vec![2; 5]),
                 lead: None,
+                before: None,
+                back: None,
             }],
             functions: vec![FunctionRecord {
                 name: "f".into(),

@@ -9,7 +9,8 @@ use std::time::Instant;
 use crate::addr::{ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
-use crate::patch::{in_chain, PatchFile, Redirect};
+use crate::patch::{in_chain, PatchFile};
+use crate::plan::sites::{self, Site};
 use crate::plan::{self, CodeEdit, Layout, Links, OldFacts, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
@@ -69,39 +70,60 @@ pub struct Planned {
     replaces: Option<Replaced>,
 }
 
-/// An applied patch whose place another takes, in the same hold.
+/// An applied patch whose place another takes by the same switch.
 #[derive(Clone, Debug)]
 pub struct Replaced {
     /// Its record.
     pub found: Found,
     /// Address zero of it, and of those whose places it and they took in turn.
     pub chain: Vec<ProcAddr>,
-    /// What stands at each of the new patch's redirects.
-    pub redirected: Vec<[u8; 5]>,
+    /// The code at each of its entries and of the new patch's redirects, as it is with no patch applied: as far as a jump may reach
+    /// into it.
+    pub code: Vec<(ProcAddr, Vec<u8>)>,
 }
 
 impl Replaced {
-    /// Its mapping's end of the bargain: where each redirect is.
-    fn places(&self, patch: &PatchFile) -> Option<Vec<ProcAddr>> {
-        let place = |r: &Redirect| {
-            let (back, offset) = in_chain(r.at);
-            self.chain.get(back)?.checked_add(offset)
-        };
-        patch.manifest.redirects.iter().map(place).collect()
-    }
-
-    /// What the hold writes: `edits` expect the old image's bytes, but the replaced patch's jumps may stand there;
-    /// its other entries get their original bytes back.
-    fn switch(&self, edits: &[CodeEdit]) -> Option<Vec<CodeEdit>> {
+    /// The places that the new patch changes: its own `entries`, its redirects, and what it gives back.
+    fn sites(&self, patch: &PatchFile, mut entries: Vec<Site>) -> Option<Vec<Site>> {
         let applied = Applied::new(self.found.clone()).ok()?.edits;
         let jump = |at| applied.iter().find(|e| e.at == at);
-        let mut out: Vec<CodeEdit> = edits
-            .iter()
-            .map(|e| CodeEdit { expected: jump(e.at).map_or(e.expected, |j| j.expected), ..e.clone() })
-            .collect();
-        out.extend(applied.iter().filter(|j| !edits.iter().any(|e| e.at == j.at)).cloned());
-        Some(out)
+        let code = |at| self.code.iter().find(|(a, _)| *a == at).map(|(_, code)| code.clone());
+        for entry in &mut entries {
+            entry.before = jump(entry.at).map_or(entry.before, |j| j.expected);
+        }
+        for r in &patch.manifest.redirects {
+            let (back, offset) = in_chain(r.at);
+            let at = self.chain.get(back)?.checked_add(offset)?;
+            let code = code(at)?;
+            let original = code.first_chunk().copied()?;
+            let before = jump(at).map_or(original, |j| j.expected);
+            entries.push(Site { function: r.name.clone(), at, original, code, before, new_at: Some(r.new_at) });
+        }
+        for given in &applied {
+            if entries.iter().all(|s| s.at != given.at) {
+                let (function, before) = (given.function.clone(), given.expected);
+                let code = code(given.at)?;
+                entries.push(Site { function, at: given.at, original: given.new, code, before, new_at: None });
+            }
+        }
+        Some(entries)
     }
+}
+
+/// The places that a patch changes.
+fn sites(
+    patch: &PatchFile,
+    links: &Links,
+    facts: &[OldFacts],
+    replaces: Option<&Replaced>,
+) -> Result<Vec<Site>, Refusal> {
+    let entries = sites::entries(patch, links.bias, facts)?;
+    let Some(replaced) = replaces else { return Ok(entries) };
+    replaced.sites(patch, entries).ok_or_else(|| Refusal::Damaged {
+        name: replaced.found.payload.patch.clone(),
+        at: replaced.found.region.start,
+        what: "its entries are not those of a patch".into(),
+    })
 }
 
 impl Planned {
@@ -117,21 +139,17 @@ impl Planned {
         facts: &[OldFacts],
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
+        let sites = sites(patch, &target.links, facts, replaces.as_ref())?;
+        let stubs = sites::stubs(&sites);
         // An address is longest at the top of the address space: so the record can only get shorter.
         let far = || Refusal::OutOfReach { at: target.range.start, to: target.range.end };
-        let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, patch).ok_or_else(far)?;
-        let entries = patch.manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
-        let names = entries.map(|f| &f.demangled).chain(patch.manifest.redirects.iter().map(|r| &r.name));
-        let dummies: Vec<CodeEdit> = names
-            .map(|name| CodeEdit { function: name.clone(), at: dummy.base, expected: [0; 5], new: [0; 5] })
-            .collect();
+        let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, stubs, patch).ok_or_else(far)?;
         let draft = payload(patch, &dummy, target.links.bias, facts).ok_or_else(far)?;
-        let leads = if plan::switched(patch) > 0 { &*dummies } else { &[] };
-        let draft = with_entries(draft, &dummies, leads);
+        let draft = with_entries(draft, &sites, &sites::draft(&sites));
         let slack = 64;
         let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
-        let layout = Layout::near(target.range, maps, record_bytes, patch)?;
-        Self::at(patch, &target.links, layout, facts, None, replaces)
+        let layout = Layout::near(target.range, maps, record_bytes, stubs, patch)?;
+        Self::at(patch, &target.links, layout, &sites, facts, None, replaces)
     }
 
     /// The mapping of an earlier apply of the same patch: its data keep their values.
@@ -146,8 +164,10 @@ impl Planned {
         facts: &[OldFacts],
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
-        let layout = Layout::at(found.region.start, found.payload.record_bytes, patch);
-        let planned = layout.map(|l| Self::at(patch, links, l, facts, Some(found.mutable), replaces)).transpose()?;
+        let sites = sites(patch, links, facts, replaces.as_ref())?;
+        let layout = Layout::at(found.region.start, found.payload.record_bytes, sites::stubs(&sites), patch);
+        let planned = layout.map(|l| Self::at(patch, links, l, &sites, facts, Some(found.mutable), replaces));
+        let planned = planned.transpose()?;
         let same = |p: &Self| p.layout.region == found.region && p.payload == found.payload;
         planned.filter(same).ok_or_else(|| Refusal::Damaged {
             name: found.payload.patch.clone(),
@@ -160,35 +180,29 @@ impl Planned {
         patch: &PatchFile,
         links: &Links,
         layout: Layout,
+        sites: &[Site],
         facts: &[OldFacts],
         earlier: Option<Mutable>,
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
-        let mut edits = plan::entry_edits(patch, &layout, links.bias)?;
         let word = ProcAddr(layout.region.start.0 + MUTABLE_AT);
-        let stubs = plan::leads(patch, &layout, &edits, facts, (word, APPLIED))?;
+        let (written, stubs) = sites::switch(sites, &layout, (word, APPLIED))?;
         let pieces = plan::pieces(patch, &layout, links, &stubs)?;
-        let leads: Vec<CodeEdit> = stubs.into_iter().map(|(edit, _)| edit).collect();
         let far = || Refusal::OutOfReach { at: layout.region.start, to: layout.region.end };
-        if let Some(r) = &replaces {
-            let places = r.places(patch).ok_or_else(far)?;
-            edits.extend(plan::redirect_edits(patch, &layout, &places, &r.redirected)?);
-        }
-        let payload = with_entries(payload(patch, &layout, links.bias, facts).ok_or_else(far)?, &edits, &leads);
+        let payload = with_entries(payload(patch, &layout, links.bias, facts).ok_or_else(far)?, sites, &written);
         let record_bytes = encode(&payload, &FRESH, u64::MAX).len() as u64;
         if record_bytes > payload.record_bytes {
             return Err(Refusal::NoRoom { len_bytes: record_bytes });
         }
-        if let Some(r) = &replaces {
-            edits = r.switch(&edits).ok_or_else(far)?;
-        }
+        let edits = sites::edits(sites, &written, |w| Some(w.jump));
+        let leads = sites::edits(sites, &written, |w| w.lead);
         Ok(Self { layout, pieces, edits, leads, payload, earlier, replaces })
     }
 
     /// How many entry jumps it will write.
     #[must_use]
     pub fn entries(&self) -> usize {
-        self.payload.entries.len()
+        self.payload.jumps()
     }
 
     /// The code that no thread may be in when the patch is applied.
@@ -414,7 +428,7 @@ impl<'p, P: Process> Staged<'p, P> {
                 let _ = self.write_mutable();
                 self.mapped = false;
                 let rest = straight(&self.planned.leads, &self.planned.edits);
-                Ok(Committed { times, entries: self.planned.payload.entries.len(), rest })
+                Ok(Committed { times, entries: self.planned.payload.jumps(), rest })
             }
         }
     }

@@ -4,7 +4,8 @@ use crate::addr::{LoadBias, ProcRange};
 use crate::maps::PAGE;
 use crate::patch::{HexBytes, PatchFile};
 use crate::plan::beside::Consistency;
-use crate::plan::{CodeEdit, Layout, OldFacts};
+use crate::plan::sites::{Jump, Site, Written};
+use crate::plan::{Layout, OldFacts};
 use crate::registry::{EntryRecord, FunctionRecord, OldRecord, Payload, RangeRecord};
 use crate::stack::{Part, Watched};
 
@@ -50,17 +51,20 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, facts:
     })
 }
 
-/// With the entries, and the jumps to their switch stubs if they have any.
-pub(super) fn with_entries(mut payload: Payload, edits: &[CodeEdit], leads: &[CodeEdit]) -> Payload {
-    payload.entries = edits
+/// With the entries.
+pub(super) fn with_entries(mut payload: Payload, sites: &[Site], written: &[Written]) -> Payload {
+    let hex = |j: Jump| HexBytes(j.to_vec());
+    payload.entries = sites
         .iter()
-        .enumerate()
-        .map(|(i, e)| EntryRecord {
-            function: e.function.clone(),
-            at: e.at,
-            original: HexBytes(e.expected.to_vec()),
-            jump: HexBytes(e.new.to_vec()),
-            lead: leads.get(i).map(|l| HexBytes(l.new.to_vec())),
+        .zip(written)
+        .map(|(s, w)| EntryRecord {
+            function: s.function.clone(),
+            at: s.at,
+            original: hex(s.original),
+            jump: hex(w.jump),
+            lead: w.lead.map(hex),
+            before: (s.before != s.original).then(|| hex(s.before)),
+            back: w.back.map(hex),
         })
         .collect();
     payload

@@ -32,7 +32,8 @@ impl Applied {
                 new: e.original.0.first_chunk().copied()?,
             })
         };
-        let edits = found.payload.entries.iter().map(edit).collect::<Option<_>>();
+        let own = || found.payload.entries.iter().filter(|e| !e.is_given_back());
+        let edits = own().map(edit).collect::<Option<_>>();
         let damaged = || Refusal::Damaged {
             name: found.payload.patch.clone(),
             at: found.region.start,
@@ -40,10 +41,10 @@ impl Applied {
         };
         let edits: Vec<CodeEdit> = edits.ok_or_else(damaged)?;
         let lead = |(edit, e): (&CodeEdit, &EntryRecord)| {
-            let new = e.lead.as_ref()?.0.first_chunk().copied()?;
+            let new = e.back.as_ref().or(e.lead.as_ref())?.0.first_chunk().copied()?;
             Some(CodeEdit { new, ..edit.clone() })
         };
-        let leads: Option<Vec<CodeEdit>> = edits.iter().zip(&found.payload.entries).map(lead).collect();
+        let leads: Option<Vec<CodeEdit>> = edits.iter().zip(own()).map(lead).collect();
         Ok(Self { found, edits, leads: leads.unwrap_or_default() })
     }
 

@@ -301,8 +301,9 @@ fn take_over(p: &FakeProcess) -> Planned {
     let mut target = target();
     target.links.previous = vec![found.payload.base];
     let chain = target.links.previous.clone();
-    let redirected = vec![p.read_vec(found.payload.base, 5).unwrap().try_into().unwrap()];
-    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, chain, redirected })).unwrap()
+    let code = found.payload.entries.iter().map(|e| (e.at, BODY.to_vec()));
+    let code = code.chain([(chain[0], p.read_vec(chain[0], 19).unwrap())]).collect();
+    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, chain, code })).unwrap()
 }
 
 /// Where the jump at `at` leads, if there is one.
@@ -312,11 +313,34 @@ fn leads_to(p: &FakeProcess, at: ProcAddr) -> Option<ProcAddr> {
     (bytes[0] == 0xe9).then(|| ProcAddr((at.0 + 5).wrapping_add_signed(i64::from(distance))))
 }
 
+/// Where a call of `at` ends up: in a function of a patch, by a jump or by the way through a switch stub that its word tells;
+/// or in the code that stands there.
+fn ends_up(p: &FakeProcess, at: ProcAddr) -> Option<ProcAddr> {
+    use iced_x86::{Code, Decoder, DecoderOptions};
+    let to = leads_to(p, at)?;
+    let records = registry::find(p, &p.mappings().unwrap()).unwrap();
+    if !records.iter().any(|f| f.payload.stub <= to && to < f.payload.base) {
+        return Some(to);
+    }
+    let code = p.read_vec(to, crate::insn::STUB_BYTES).unwrap();
+    let mut decoder = Decoder::with_ip(64, &code, to.0, DecoderOptions::NONE);
+    let compare = decoder.iter().nth(2).unwrap();
+    let word = p.read_vec(ProcAddr(compare.ip_rel_memory_address()), 4).unwrap();
+    let branch = decoder.decode();
+    assert_eq!(branch.code(), Code::Jne_rel8_64);
+    if word != u32::from(compare.immediate8()).to_le_bytes() {
+        decoder.set_position((branch.near_branch_target() - to.0) as usize).unwrap();
+        decoder.set_ip(branch.near_branch_target());
+    }
+    let way = decoder.iter().nth(2).unwrap();
+    (way.code() == Code::Jmp_rel32_64).then(|| ProcAddr(way.near_branch_target()))
+}
+
 #[test]
 fn a_patch_takes_the_place_of_another_or_nothing_changes() {
     for torn in [false, true] {
         for n in 0.. {
-            assert!(n < 200, "the loop must end");
+            assert!(n < 400, "the loop must end");
             let mut p = process();
             let plan = planned(&p);
             apply(&mut p, plan).unwrap();
@@ -328,22 +352,22 @@ fn a_patch_takes_the_place_of_another_or_nothing_changes() {
             let result = apply_as(&mut p, plan, 2);
             let failed = p.has_failed();
             p.fail_at(u32::MAX);
-            let state = |digest: u8| {
-                let all = registry::find(&p, &p.mappings().unwrap()).unwrap();
+            let state = |p: &FakeProcess, digest: u8| {
+                let all = registry::find(p, &p.mappings().unwrap()).unwrap();
                 all.iter().find(|f| f.payload.digest.0 == [digest; 32]).map(|f| f.mutable.state)
             };
-            let entries: Vec<_> = (0..3).map(|i| leads_to(&p, ProcAddr(IMAGE + 0x100 + i * 16))).collect();
-            let redirect = leads_to(&p, first.payload.base);
+            let entries: Vec<_> = (0..3).map(|i| ends_up(&p, ProcAddr(IMAGE + 0x100 + i * 16))).collect();
+            let redirect = ends_up(&p, first.payload.base);
             match result {
                 Ok(_) => {
-                    assert_eq!((state(9), state(8)), (Some(State::Reverted), Some(State::Applied)));
+                    assert_eq!((state(&p, 9), state(&p, 8)), (Some(State::Reverted), Some(State::Applied)));
                     assert_eq!(entries[0], None, "what the second does not replace is the old one again");
                     assert!(entries[1..].iter().all(|e| e.is_some_and(|at| region.contains(at))));
                     assert!(redirect.is_some_and(|at| region.contains(at)));
                 }
                 Err(_) => {
-                    assert_eq!(state(9), Some(State::Applied), "operation {n}");
-                    assert!(matches!(state(8), None | Some(State::Staged)), "operation {n}");
+                    assert_eq!(state(&p, 9), Some(State::Applied), "operation {n}");
+                    assert!(matches!(state(&p, 8), None | Some(State::Staged)), "operation {n}");
                     assert!(entries.iter().all(|e| e.is_some_and(|at| first.region.contains(at))), "operation {n}");
                     assert_eq!(redirect, None, "operation {n}");
                 }
@@ -352,6 +376,7 @@ fn a_patch_takes_the_place_of_another_or_nothing_changes() {
                 // And back: all old, and the first patch's code as it was.
                 assert_eq!(revert(&mut p).unwrap().entries, 3);
                 assert_eq!((jumps(&p), leads_to(&p, first.payload.base)), (0, None));
+                assert_eq!((state(&p, 9), state(&p, 8)), (Some(State::Reverted), Some(State::Reverted)));
                 break;
             }
         }
@@ -369,4 +394,31 @@ fn a_thread_inside_the_patch_below_stops_the_one_that_takes_its_place() {
     p.threads[0].registers.pc = ProcAddr(first.payload.base.0 + 1);
     assert!(matches!(apply_as(&mut p, plan, 2), Err(TransactionError::Hold(HoldError::NotClear(Tid(1))))));
     assert_eq!(jumps(&p), 3);
+}
+
+/// What livepatch left in a process before `--after` switched by one word: the address of a record and its bytes, taken from a
+/// real process (two functions, applied).
+const REGISTRY_V1: &[u8] = include_bytes!("../../tests/golden/registry-v1.bin");
+
+#[test]
+fn a_record_of_the_first_version_is_read_and_reverted() {
+    let (at, record) = REGISTRY_V1.split_first_chunk::<8>().unwrap();
+    let at = ProcAddr(u64::from_le_bytes(*at));
+    let (header, payload) = registry::decode(record).unwrap();
+    assert_eq!((record[16], header.mutable.state, payload.jumps()), (1, State::Applied, 2));
+    let mut p = process();
+    let mut region = record.to_vec();
+    region.resize(header.region_bytes as usize, 0);
+    p.insert(at, region, Access::Read);
+    let page = payload.entries[0].at.0 & !0xfff;
+    let mut code = vec![0xcc; 0x1000];
+    for e in &payload.entries {
+        code[(e.at.0 - page) as usize..][..5].copy_from_slice(&e.jump.0);
+    }
+    p.insert(ProcAddr(page), code, Access::Execute);
+    assert_eq!(revert(&mut p).unwrap().entries, 2);
+    for e in &payload.entries {
+        assert_eq!(p.read_vec(e.at, 5).unwrap(), e.original.0, "{}", e.function);
+    }
+    assert_eq!(state(&p), Some(State::Reverted));
 }

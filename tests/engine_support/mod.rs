@@ -9,8 +9,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use livepatch::addr::ImageAddr;
 use livepatch::patch::{
-    BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, Status, ENTRY_JUMP_LEN, FORMAT_VERSION,
-    MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_TARGET, SHN_TARGET_IMAGE,
+    After, BuildRef, Companion, Entry, Function, HexBytes, Manifest, OldFunction, PatchFile, Status, ENTRY_JUMP_LEN,
+    FORMAT_VERSION, MANIFEST_SECTION, NOTE_NAME, NOTE_TYPE_TARGET, SHN_TARGET_IMAGE,
 };
 use object::{Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget, SectionKind, SymbolKind};
 use sha2::Digest;
@@ -117,6 +117,8 @@ pub struct Recipe<'a> {
     /// Functions to replace.
     pub replace: &'a [&'a str],
     pub may_unwind: bool,
+    /// The patch whose place it takes.
+    pub after: Option<&'a Path>,
 }
 
 /// Name, type, flags, address, offset, size, link, info, entry size.
@@ -220,6 +222,10 @@ pub fn write_patch(recipe: &Recipe<'_>, out: &Path) -> PathBuf {
         types: "not compared".into(),
         may_unwind: recipe.may_unwind,
         allowances: Vec::new(),
+        after: recipe.after.map(|fix| {
+            let before = PatchFile::parse(&std::fs::read(fix).unwrap()).unwrap();
+            After { name: before.manifest.name, digest: HexBytes(before.digest.to_vec()), before: Vec::new() }
+        }),
         ..Manifest::default()
     };
     std::fs::write(out, elf(&manifest, &pieces, &relocs, eh_frame)).unwrap();
