@@ -48,6 +48,8 @@ pub mod quiesce;
 #[cfg(feature = "engine")]
 pub mod registry;
 #[cfg(feature = "engine")]
+pub mod scan;
+#[cfg(feature = "engine")]
 pub mod stack;
 #[cfg(feature = "engine")]
 pub mod symbols;

@@ -2,7 +2,7 @@
 //!
 //! The one thing that a kill may show: between a stop and the write that hides it, a blocked call may return EINTR.
 //!
-//! `KILL_STEP=n` tries every n-th place only (default 13; `./ci/kill-matrix --full` tries all).
+//! `KILL_STEP=n` tries every n-th place only (default 17; `./ci/kill-matrix --full` tries all).
 #![allow(unsafe_code)]
 
 mod engine_support;
@@ -84,7 +84,7 @@ fn traced(args: &[&str], kill_at: Option<u64>) -> (u64, Option<i32>) {
 
 /// Of how many places one is tried.
 fn step() -> u64 {
-    std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(13)
+    std::env::var("KILL_STEP").ok().and_then(|s| s.parse().ok()).unwrap_or(17)
 }
 
 struct Place {
@@ -135,7 +135,7 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let fix = fix.to_str().unwrap();
     let mut killed = 0;
-    for action in ["apply", "revert", "apply-again"] {
+    for action in ["apply", "revert", "apply-again", "reclaim"] {
         let mut place = begin(&old);
         let (mut at, mut here) = (1, 0);
         loop {
@@ -145,10 +145,14 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
                 place.run(&["apply", &place.pid, fix], &context);
                 assert_eq!(place.state(&context), "2002");
             }
-            if action == "apply-again" {
+            if ["apply-again", "reclaim"].contains(&action) {
                 place.run(&["revert", &place.pid], &context);
             }
-            let args = if action == "revert" { vec!["revert", &place.pid] } else { vec!["apply", &place.pid, fix] };
+            let args = match action {
+                "revert" => vec!["revert", &place.pid],
+                "reclaim" => vec!["revert", &place.pid, "--reclaim"],
+                _ => vec!["apply", &place.pid, fix],
+            };
             let (stops, ended) = traced(&args, Some(at));
             place.state(&context);
             place.run(&["recover", &place.pid], &context);

@@ -39,7 +39,9 @@ enum Command {
     )]
     Apply(PatchArgs),
     /// Reverts the newest patch, or NAME if it is the newest, or all.
-    #[command(after_help = "Example:\n  livepatch revert 4711\n  livepatch revert 4711 --all")]
+    #[command(
+        after_help = "Example:\n  livepatch revert 4711\n  livepatch revert 4711 --all\n  livepatch revert 4711 --all --reclaim"
+    )]
     Revert(RevertArgs),
     /// What is applied; without PID, every patched process of this host.
     #[command(after_help = "Example:\n  livepatch status\n  livepatch status 4711 --json")]
@@ -143,6 +145,10 @@ struct RevertArgs {
     /// Reverts all patches, the newest first.
     #[arg(long)]
     all: bool,
+    /// Then takes reverted patches out of the process's memory, once a scan of it shows that nothing leads there. Needs no patch
+    /// that is still applied.
+    #[arg(long)]
+    reclaim: bool,
     #[command(flatten)]
     inside: Inside,
     #[command(flatten)]
@@ -437,10 +443,27 @@ fn revert(args: &RevertArgs) -> u8 {
         });
         match result {
             Ok(reports) => reports.iter().for_each(|r| print_report(r, json)),
-            Err(e) => code = worst(code, fail(Some(pid), &e, json)),
+            // What was reverted before may be there to be reclaimed.
+            Err(Error::NothingApplied { .. }) if args.reclaim => {}
+            Err(e) => {
+                code = worst(code, fail(Some(pid), &e, json));
+                continue;
+            }
+        }
+        if args.reclaim {
+            code = worst(code, reclaim(pid, &options, json));
         }
     }
     code
+}
+
+fn reclaim(pid: i32, options: &Options, json: bool) -> u8 {
+    match Patcher::open(Pid(pid)).and_then(|mut p| p.reclaim(options)) {
+        Ok(done) if json => println!("{}", json!({"pid": pid, "reclaimed": done})),
+        Ok(done) => print!("{}", text::reclaimed(pid, done.as_ref())),
+        Err(e) => return fail(Some(pid), &e, json),
+    }
+    0
 }
 
 fn recover(args: &RecoverArgs) -> u8 {

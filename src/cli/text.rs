@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use livepatch::patcher::{CheckReport, Error, Outcome, ProcessStatus, Recovered, Report};
+use livepatch::patcher::{CheckReport, Error, Outcome, ProcessStatus, Reclaimed, Recovered, Report};
 use livepatch::plan::Refusal;
 use livepatch::registry::State;
 use serde_json::{json, Value};
@@ -101,6 +101,17 @@ pub fn recovered(pid: i32, done: &[Recovered]) -> String {
     out
 }
 
+/// What was taken out of memory.
+pub fn reclaimed(pid: i32, done: Option<&Reclaimed>) -> String {
+    let Some(done) = done else { return format!("process {pid}: nothing to reclaim\n") };
+    let patches = done.patches.join(", ");
+    let (kib, mib) = (done.bytes / 1024, done.scanned as f64 / f64::from(1 << 20));
+    format!(
+        "process {pid}: reclaimed {kib} KiB of {patches}; {mib:.1} MiB looked through, threads held for {:.1} µs\n",
+        done.held_us
+    )
+}
+
 /// One process with its patches.
 pub fn status(s: &ProcessStatus) -> String {
     let mut out = String::new();
@@ -116,10 +127,11 @@ pub fn status(s: &ProcessStatus) -> String {
         };
         let _ = write!(
             out,
-            "  {state:8} {}: {}, {}",
+            "  {state:8} {}: {}, {}, {} KiB",
             p.patch,
             count(p.functions.len(), "function"),
-            count(p.entries, "entry jump")
+            count(p.entries, "entry jump"),
+            p.bytes / 1024
         );
         if let Some(image) = &p.image {
             let _ = write!(out, " of {image}");

@@ -126,7 +126,7 @@ impl Patcher {
         let static_program = self.is_static(image)?.then(|| image.clone());
         let register_frame = match (&static_program, &manifest.linked) {
             (Some(image), Some(linked)) => linked.register_frame.and_then(|at| image.to_process(at, 1)),
-            _ => self.find_register_frame(image),
+            _ => self.find_unwinder(image, "__register_frame"),
         };
         if manifest.may_unwind && register_frame.is_none() && !options.allow_unwind {
             noes.0.push(Refusal::NoUnwinder);
@@ -389,8 +389,8 @@ impl Patcher {
         facts
     }
 
-    /// Where `__register_frame` of libgcc is: in its library, or linked into the executable or the target and exported.
-    fn find_register_frame(&self, target: &Image) -> Option<ProcAddr> {
+    /// Where a function of libgcc's unwinder is: in its library, or linked into the executable or the target and exported.
+    pub(super) fn find_unwinder(&self, target: &Image, name: &str) -> Option<ProcAddr> {
         let mut images: Vec<&Image> = self.images.iter().collect();
         images.sort_by_key(|i| !i.short_name().starts_with("libgcc_s"));
         let main = self.executable().ok().map(|i| i.range.start);
@@ -398,7 +398,7 @@ impl Patcher {
         images.retain(|i| i.short_name().starts_with("libgcc_s") || own(i));
         images.into_iter().find_map(|image| {
             let symbols = image.dynamic_symbols(&self.process);
-            let at = symbols.iter().find(|s| s.name == "__register_frame")?.at?;
+            let at = symbols.iter().find(|s| s.name == name)?.at?;
             image.to_process(at, 1)
         })
     }

@@ -24,6 +24,7 @@ mod error;
 mod idle;
 mod inside;
 mod inspect;
+mod reclaim;
 mod recover;
 mod rewrite;
 mod status;
@@ -32,6 +33,7 @@ use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
 pub use inside::Inside;
+pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
 pub use status::{patched_processes, PatchStatus, ProcessStatus};
 

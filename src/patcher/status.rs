@@ -27,6 +27,8 @@ pub struct PatchStatus {
     pub functions: Vec<String>,
     /// How many entries it has.
     pub entries: usize,
+    /// Bytes of its mapping, which stays after a revert.
+    pub bytes: u64,
     /// When it was applied last, Unix time in seconds.
     pub applied_at: u64,
     /// What that cost, in µs.
@@ -110,6 +112,7 @@ impl Patcher {
                 unfinished,
                 functions: payload.functions.iter().filter(|f| f.old.is_some()).map(|f| f.demangled.clone()).collect(),
                 entries,
+                bytes: found.region.len_bytes(),
                 applied_at: mutable.applied_at_s,
                 pause_us: (mutable.pause_ns as f64 / 100.0).round() / 10.0,
                 unwind_registered: mutable.unwind == Unwind::Registered,

@@ -196,6 +196,14 @@ pub enum Refusal {
         /// What to do about it.
         remedy: String,
     },
+    /// A reverted patch can't be taken out of memory.
+    #[error("no memory is taken back: of patch {patch}, {what}")]
+    InUse {
+        /// Its name, or that of one of several.
+        patch: String,
+        /// What leads to it, or may.
+        what: String,
+    },
     /// The patch asks for something that this version cannot do.
     #[error("the patch needs {what}, which this version cannot do from outside")]
     Unsupported {
@@ -242,6 +250,7 @@ impl Refusal {
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
             Self::Import { .. } => "import",
+            Self::InUse { .. } => "in-use",
             Self::Unsupported { .. } => "unsupported",
             Self::NoExecutableMemory { .. } => "no-executable-memory",
         }
@@ -285,6 +294,7 @@ impl Refusal {
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc); if no thread of it is cancelled and nothing throws through the patch, --allow unwind".into(),
             Self::Import { remedy, .. } => remedy.clone(),
+            Self::InUse { .. } => "it does no harm where it is; try again later, or leave it".into(),
             Self::Unsupported { .. } => "build the patch without it".into(),
             Self::NoExecutableMemory { .. } => "relax the policy (SELinux execmem, seccomp) for this process".into(),
         }

@@ -125,7 +125,7 @@ impl Process for FakeProcess {
                     self.insert(r.start, vec![0; r.len_bytes() as usize], Access::Execute);
                     self.own.push(*r);
                 }
-                RemoteCall::Protect(..) => {}
+                RemoteCall::Protect(..) | RemoteCall::AskHandler { .. } => {}
                 RemoteCall::Unmap(r) => {
                     self.regions.remove(&r.start);
                     self.own.retain(|o| o != r);
@@ -181,6 +181,11 @@ impl ReadMemory for FakeHeld<'_> {
 impl Held for FakeHeld<'_> {
     fn write_code(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
         self.0.write(at, bytes)
+    }
+
+    fn register_bytes(&mut self) -> Result<Vec<u8>, ProcessError> {
+        let words = self.0.threads.iter().flat_map(|t| t.registers.general.into_iter().chain([t.registers.pc.0]));
+        Ok(words.flat_map(u64::to_le_bytes).collect())
     }
 
     fn release(self) -> HoldTimes {

@@ -127,6 +127,13 @@ pub enum RemoteCall {
     Protect(ProcRange, Access),
     /// `munmap`.
     Unmap(ProcRange),
+    /// `rt_sigaction`: writes what handles a signal to memory of ours.
+    AskHandler {
+        /// The signal.
+        signal: i32,
+        /// Where to.
+        to: ProcAddr,
+    },
 }
 
 /// A function of the process to call on a borrowed thread, by way of [`insn::CALL_STUB`](crate::insn::CALL_STUB).
@@ -222,6 +229,13 @@ pub trait Held: ReadMemory {
     ///
     /// It cannot be written.
     fn write_code(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError>;
+
+    /// All registers of all threads, those of vectors included; a multiple of eight bytes each.
+    ///
+    /// # Errors
+    ///
+    /// A thread's can't be read.
+    fn register_bytes(&mut self) -> Result<Vec<u8>, ProcessError>;
 
     /// Lets all threads go.
     fn release(self) -> HoldTimes;

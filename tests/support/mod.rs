@@ -77,6 +77,14 @@ impl Ran {
         }
     }
 
+    /// An error unless stdout holds every one of `texts`.
+    pub fn expect_prints(&self, texts: &[&str]) -> Result<&Self, String> {
+        match texts.iter().find(|t| !self.stdout.contains(**t)) {
+            None => Ok(self),
+            Some(text) => Err(format!("{}: stdout does not say {text:?}\n{}", self.line, self.both())),
+        }
+    }
+
     /// An error if it was ended by a signal or by a Rust panic: no input may do that.
     pub fn expect_no_crash(&self) -> Result<&Self, String> {
         if self.code < 0 || self.code == 101 || self.stderr.contains("panicked at") {

@@ -46,10 +46,17 @@ impl Program {
     /// Asks once; an error unless the answer comes, has the next number and says `expected`, where `{n}` stands for the number of the
     /// answer and `{5n}` for five times that.
     pub fn ask(&mut self, expected: &str) -> Result<(), String> {
+        self.tell("?", expected)
+    }
+
+    /// The same with this line.
+    pub fn tell(&mut self, line: &str, expected: &str) -> Result<(), String> {
         self.answers += 1;
         let expected = format!("{} {}", self.answers, self.fill_in(expected));
         let stdin = self.stdin.as_mut().expect("stdin is open until finish");
-        stdin.write_all(b"?\n").map_err(|e| format!("the program is gone: {e}{}", self.end()))?;
+        stdin
+            .write_all(format!("{line}\n").as_bytes())
+            .map_err(|e| format!("the program is gone: {e}{}", self.end()))?;
         let line = self
             .lines
             .recv_timeout(Duration::from_secs(10))

@@ -111,7 +111,7 @@ pub const CASES: &[Case] = &[
         source: everything,
     },
     Case { name: "jump table", small: 2_000, large: 50_000, answer: Answer::Patch(1), flags: &["-O0"], source: jumps },
-    Case { name: "long names", small: 5_000, large: 200_000, answer: Answer::Patch(8), flags: &["-O1"], source: names },
+    Case { name: "long names", small: 5_000, large: 400_000, answer: Answer::Patch(8), flags: &["-O1"], source: names },
     Case { name: "strings", small: 2_000, large: 200_000, answer: Answer::Patch(1), flags: &["-O1"], source: strings },
     Case { name: "one string", small: 2_000, large: 10_000, answer: Answer::Patch(1), flags: &["-O1"], source: pool },
 ];

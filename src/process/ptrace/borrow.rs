@@ -316,7 +316,7 @@ impl PtraceProcess {
             match call {
                 RemoteCall::Map(range) => self.own.push(*range),
                 RemoteCall::Unmap(range) => self.own.retain(|o| o != range),
-                RemoteCall::Protect(..) => {}
+                RemoteCall::Protect(..) | RemoteCall::AskHandler { .. } => {}
             }
         }
         self.give_back(borrowed)?;
@@ -410,5 +410,10 @@ fn arguments(call: RemoteCall) -> (&'static str, i64, [u64; 6], u64) {
             ("mprotect", libc::SYS_mprotect, [r.start.0, r.len_bytes(), access, 0, 0, 0], 0)
         }
         RemoteCall::Unmap(r) => ("munmap", libc::SYS_munmap, [r.start.0, r.len_bytes(), 0, 0, 0, 0], 0),
+        RemoteCall::AskHandler { signal, to } => {
+            const MASK_BYTES: u64 = 8;
+            let signal = u64::from(signal.unsigned_abs());
+            ("rt_sigaction", libc::SYS_rt_sigaction, [signal, 0, to.0, MASK_BYTES, 0, 0], 0)
+        }
     }
 }

@@ -382,6 +382,12 @@ impl ReadMemory for PtraceHeld<'_> {
 }
 
 impl PtraceHeld<'_> {
+    /// The process.
+    #[must_use]
+    pub fn process(&self) -> &PtraceProcess {
+        self.process
+    }
+
     fn release_now(&mut self) {
         let (pause, sleepers) = release(&mut self.stopped);
         self.times.pause_ns = self.times.pause_ns.max(u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX));
@@ -393,6 +399,20 @@ impl Held for PtraceHeld<'_> {
     fn write_code(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
         let stopped = self.stopped.first().map(|s| s.thread.tid());
         self.process.write_any(at, bytes, stopped)
+    }
+
+    fn register_bytes(&mut self) -> Result<Vec<u8>, ProcessError> {
+        let mut out = Vec::new();
+        for held in &self.stopped {
+            // Killed while stopped: it executes nothing any more.
+            let Ok(raw) = held.thread.raw_registers() else { continue };
+            let vector = sys::vector_state(held.thread.tid().0);
+            let vector = vector.map_err(|e| self.process.os_error("read the vector registers of", e))?;
+            out.extend(tracee::words(&raw).into_iter().flat_map(u64::to_le_bytes));
+            out.extend(vector);
+            out.resize(out.len().next_multiple_of(8), 0);
+        }
+        Ok(out)
     }
 
     fn release(mut self) -> HoldTimes {

@@ -19,6 +19,7 @@ use crate::memory::{ReadMemory, Unreadable};
 mod borrow;
 mod frame;
 mod hold;
+pub mod kept;
 pub mod procfs;
 mod seccomp;
 mod sys;

@@ -181,6 +181,33 @@ impl Stopped {
     }
 }
 
+/// Every register of a thread.
+pub fn words(raw: &RawRegisters) -> [u64; 21] {
+    [
+        raw.r15,
+        raw.r14,
+        raw.r13,
+        raw.r12,
+        raw.rbp,
+        raw.rbx,
+        raw.r11,
+        raw.r10,
+        raw.r9,
+        raw.r8,
+        raw.rax,
+        raw.rcx,
+        raw.rdx,
+        raw.rsi,
+        raw.rdi,
+        raw.orig_rax,
+        raw.rip,
+        raw.rsp,
+        raw.fs_base,
+        raw.gs_base,
+        raw.eflags,
+    ]
+}
+
 /// The registers that a stack check needs.
 pub fn registers(raw: &RawRegisters) -> Registers {
     let r = raw;
