@@ -119,3 +119,19 @@ fn what_each_brought_stays_alive() -> Outcome {
     c.program.ask("v3 twos 6 held 1003 same 1 threes 4")?;
     c.program.finish()
 }
+
+#[test]
+fn the_library_does_what_the_commands_do() -> Outcome {
+    let mut c = Chain::start("library")?;
+    let second = c.patch(2, None)?;
+    let guarded = support::example("guarded");
+    let (pid, fix) = (c.program.pid().to_string(), second.display().to_string());
+    c.program.ask("v1")?;
+    run(Command::new(&guarded).args([&pid, &fix, "false"]))
+        .expect_code(5)?
+        .expect_prints(&["applied fix2", "reverted fix2"])?;
+    c.program.ask("v1")?;
+    run(Command::new(&guarded).args([&pid, &fix, "true"])).expect_code(0)?.expect_prints(&["applied fix2"])?;
+    c.program.ask("v2 twos 1 held 1002 same 1")?;
+    c.program.finish()
+}

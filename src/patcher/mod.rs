@@ -115,7 +115,43 @@ pub struct CheckReport {
     pub running: usize,
 }
 
-/// A process to be patched.
+/// A process to be patched: what the commands are made of.
+///
+/// Looking stops nothing and changes nothing:
+///
+/// ```
+/// use livepatch::patcher::Patcher;
+/// use livepatch::process::Pid;
+///
+/// let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
+/// let process = Patcher::open(Pid(child.id().cast_signed()));
+/// let status = process.and_then(|p| p.status());
+/// child.kill()?;
+/// child.wait()?;
+/// assert!(status?.patches.is_empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// A patch goes in, and comes out again (`examples/guarded.rs` is a whole program):
+///
+/// ```no_run
+/// use livepatch::patch::PatchFile;
+/// use livepatch::patcher::{Error, Options, Patcher};
+/// use livepatch::process::Pid;
+///
+/// let patch = PatchFile::parse(&std::fs::read("fix.so")?)?;
+/// let mut process = Patcher::open(Pid(4711))?;
+/// match process.apply(&patch, &Options::default()) {
+///     Ok(report) => println!("{} threads waited at most {} µs", report.threads, report.pause_us),
+///     // Waiting may help: a thread is inside one of the functions.
+///     Err(Error::NotQuiescent(why)) => println!("{why:?}"),
+///     // It does not help: the message says what would.
+///     Err(Error::Refused { refusal }) => println!("{refusal}: {}", refusal.remedy()),
+///     Err(other) => return Err(other.into()),
+/// }
+/// process.revert(None, &Options::default())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Patcher {
     process: PtraceProcess,
     maps: Vec<Mapping>,

@@ -28,6 +28,19 @@ pub fn tool(name: &str) -> PathBuf {
     path
 }
 
+/// An example of the package, which `cargo test` builds; with `--test NAME` it does not, so then it is built here.
+pub fn example(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("a test has a path");
+    let path = own.parent().and_then(Path::parent).expect("below target/").join("examples").join(name);
+    if !path.is_file() {
+        let release: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(root()).args(["build", "--quiet", "--example", name]).args(release);
+        assert!(cargo.status().is_ok_and(|s| s.success()), "{cargo:?}");
+    }
+    path
+}
+
 /// A folder of this test run's own, under `target/`.
 pub fn scratch(name: &str) -> PathBuf {
     let dir = root().join("target/tests").join(name);
