@@ -24,6 +24,8 @@ compile_error!("livepatch patches Linux x86-64 processes and runs on Linux x86-6
 
 pub mod addr;
 pub mod patch;
+#[cfg(feature = "signature")]
+pub mod signature;
 
 #[cfg(feature = "engine")]
 pub mod elf;

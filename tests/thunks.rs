@@ -220,7 +220,6 @@ impl Stage {
                 Ok(())
             })
         };
-        #[expect(clippy::zombie_processes, reason = "it is waited for by waitpid(2)")]
         let child = command.spawn().ok()?;
         let mut stage = Self {
             pid: child.id().cast_signed(),

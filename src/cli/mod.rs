@@ -12,6 +12,7 @@ use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
 mod debug;
+mod policy;
 mod text;
 
 #[derive(Parser)]
@@ -102,7 +103,7 @@ struct PatchArgs {
     which: Which,
     #[command(flatten)]
     common: Common,
-    /// Go on in spite of a rule; known: contexts, unwind.
+    /// Go on in spite of a rule; known: contexts, unwind, replay.
     #[arg(long, value_name = "RULE")]
     allow: Vec<String>,
     /// Leave all processes as they were when one refuses: checks all before it applies, and reverts what it applied.
@@ -110,6 +111,8 @@ struct PatchArgs {
     all_or_none: bool,
     #[command(flatten)]
     inside: Inside,
+    #[command(flatten)]
+    signature: policy::SignatureArgs,
     /// Holds from outside even where an agent is linked in: always so in this version.
     #[arg(long)]
     hold: bool,
@@ -270,18 +273,19 @@ fn fail(pid: Option<i32>, error: &Error, json: bool) -> u8 {
     error.exit_code()
 }
 
-fn read_patch(path: &str, json: bool) -> Result<PatchFile, u8> {
+fn read_patch(path: &str, json: bool) -> Result<(PatchFile, Vec<u8>), u8> {
     let bytes = std::fs::read(path).map_err(|e| {
         eprintln!("livepatch: {path}: {e}");
         1
     })?;
-    PatchFile::parse(&bytes).map_err(|e| {
+    let patch = PatchFile::parse(&bytes).map_err(|e| {
         eprintln!("livepatch: {path}: {e}");
         if json {
             println!("{}", json!({"error": {"message": format!("{path}: {e}")}}));
         }
         1
-    })
+    });
+    patch.map(|patch| (patch, bytes))
 }
 
 impl PatchArgs {
@@ -289,14 +293,15 @@ impl PatchArgs {
         let Some((file, pids)) = self.words.split_last() else { return Err(usage("which patch?")) };
         let pids: Result<Vec<i32>, _> = pids.iter().map(|p| p.parse::<i32>().map_err(|_| p)).collect();
         let pids = pids.map_err(|p| usage(&format!("{p:?} is not a PID")))?;
-        if let Some(rule) = self.allow.iter().find(|r| !["contexts", "unwind"].contains(&r.as_str())) {
-            return Err(usage(&format!("--allow {rule}: no such rule; known: contexts, unwind")));
+        if let Some(rule) = self.allow.iter().find(|r| !["contexts", "unwind", "replay"].contains(&r.as_str())) {
+            return Err(usage(&format!("--allow {rule}: no such rule; known: contexts, unwind, replay")));
         }
         if file.parse::<i32>().is_ok() && !Path::new(file).exists() {
             return Err(usage(&format!("{file:?} is a PID: give the patch file after it")));
         }
         let pids = self.which.pids(&pids).map_err(|e| usage(&e))?;
-        let patch = read_patch(file, self.common.json)?;
+        let (patch, bytes) = read_patch(file, self.common.json)?;
+        let signed = self.signature.check(Path::new(file), &bytes, self.common.json)?;
         if pids.is_empty() {
             eprintln!("livepatch: no process matches");
             return Err(6);
@@ -307,6 +312,8 @@ impl PatchArgs {
             allow_contexts: self.allow.iter().any(|r| r == "contexts"),
             allow_unwind: self.allow.iter().any(|r| r == "unwind"),
             consistency: self.inside.consistency(),
+            signed,
+            allow_replay: self.allow.iter().any(|r| r == "replay"),
         };
         Ok((pids, patch, options))
     }
@@ -430,6 +437,7 @@ fn revert(args: &RevertArgs) -> u8 {
         allow_contexts: true,
         allow_unwind: true,
         consistency: args.inside.consistency(),
+        ..Options::default()
     };
     let json = args.common.json;
     let mut code = 0;

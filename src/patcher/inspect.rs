@@ -111,6 +111,12 @@ impl Patcher {
                 sequence,
             });
         }
+        if let Some(signed) = options.signed.as_ref().filter(|_| !options.allow_replay) {
+            let seen = records.iter().filter(|r| r.payload.build_id == *own).filter_map(|r| r.payload.revision).max();
+            if let Some(seen) = seen.filter(|seen| signed.revision.is_none_or(|r| r < *seen)) {
+                noes.0.push(Refusal::Replay { revision: signed.revision, seen });
+            }
+        }
         let Some(replaced) = noes.ask(self.replaced(patch, &records))? else {
             // Jumps of the patch that is applied are no changes by somebody else.
             return Err(noes.error());
@@ -145,6 +151,7 @@ impl Patcher {
             Some(found) => Planned::again(patch, &links, found, &facts, replaced)?,
             None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &facts, replaced)?,
         };
+        let planned = planned.of_revision(options.signed.as_ref().and_then(|s| s.revision));
         Ok(Inspected { planned: Some(planned), already: false, register_frame, static_program, sequence })
     }
 

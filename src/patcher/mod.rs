@@ -16,6 +16,7 @@ use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
 use crate::registry::{self, State};
+use crate::signature::Signed;
 use crate::stack::{Cfi, Part, Watched};
 use crate::transaction::{relax, Applied, Planned, Staged, SwapError, TransactionError};
 
@@ -53,6 +54,10 @@ pub struct Options {
     pub allow_unwind: bool,
     /// What no thread may be inside of when the code switches.
     pub consistency: Consistency,
+    /// What the patch's signature says, if that was looked at.
+    pub signed: Option<Signed>,
+    /// Go on although the process has seen a patch of a higher revision: `--allow replay`.
+    pub allow_replay: bool,
 }
 
 impl Default for Options {
@@ -63,6 +68,8 @@ impl Default for Options {
             allow_contexts: false,
             allow_unwind: false,
             consistency: Consistency::Stack,
+            signed: None,
+            allow_replay: false,
         }
     }
 }

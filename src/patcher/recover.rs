@@ -280,6 +280,7 @@ mod tests {
             eh_frame: None,
             record_bytes: 0,
             beside: false,
+            revision: None,
             entries: vec![entry(AT), entry(AT + 16)],
             functions: Vec::new(),
         };

@@ -196,6 +196,14 @@ pub enum Refusal {
         /// What to do about it.
         remedy: String,
     },
+    /// The process has seen a patch of a higher revision.
+    #[error("the patch is signed as {}, and the process has seen revision {seen}", revision.map_or_else(|| "of no revision".to_owned(), |r| format!("revision {r}")))]
+    Replay {
+        /// Its own, if the signature gives one.
+        revision: Option<u64>,
+        /// The highest that the process has seen.
+        seen: u64,
+    },
     /// A reverted patch can't be taken out of memory.
     #[error("no memory is taken back: of patch {patch}, {what}")]
     InUse {
@@ -250,6 +258,7 @@ impl Refusal {
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
             Self::Import { .. } => "import",
+            Self::Replay { .. } => "replay",
             Self::InUse { .. } => "in-use",
             Self::Unsupported { .. } => "unsupported",
             Self::NoExecutableMemory { .. } => "no-executable-memory",
@@ -294,6 +303,7 @@ impl Refusal {
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc); if no thread of it is cancelled and nothing throws through the patch, --allow unwind".into(),
             Self::Import { remedy, .. } => remedy.clone(),
+            Self::Replay { .. } => "apply the newest patch; if it is meant to go back, --allow replay".into(),
             Self::InUse { .. } => "it does no harm where it is; try again later, or leave it".into(),
             Self::Unsupported { .. } => "build the patch without it".into(),
             Self::NoExecutableMemory { .. } => "relax the policy (SELinux execmem, seccomp) for this process".into(),

@@ -223,6 +223,9 @@ pub struct Payload {
     /// Whether old and new code agree on all that they share, so that they may run side by side.
     #[serde(default)]
     pub beside: bool,
+    /// The revision that its signature gave.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<u64>,
     /// The entry jumps.
     pub entries: Vec<EntryRecord>,
     /// The functions.
@@ -405,6 +408,7 @@ mod tests {
             eh_frame: Some(range),
             record_bytes: 4096,
             beside: true,
+            revision: None,
             entries: vec![EntryRecord {
                 function: "f".into(),
                 at: ProcAddr(0x1000),

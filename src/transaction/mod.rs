@@ -168,6 +168,9 @@ impl Planned {
         let layout = Layout::at(found.region.start, found.payload.record_bytes, sites::stubs(&sites), patch);
         let planned = layout.map(|l| Self::at(patch, links, l, &sites, facts, Some(found.mutable), replaces));
         let planned = planned.transpose()?;
+        // A signature may have been looked at then and not now, or now and not then.
+        let revision = found.payload.revision;
+        let planned = planned.map(|p| Self { payload: Payload { revision, ..p.payload }, ..p });
         let same = |p: &Self| p.layout.region == found.region && p.payload == found.payload;
         planned.filter(same).ok_or_else(|| Refusal::Damaged {
             name: found.payload.patch.clone(),
@@ -197,6 +200,15 @@ impl Planned {
         let edits = sites::edits(sites, &written, |w| Some(w.jump));
         let leads = sites::edits(sites, &written, |w| w.lead);
         Ok(Self { layout, pieces, edits, leads, payload, earlier, replaces })
+    }
+
+    /// With the revision that its signature gives; a mapping of an earlier apply keeps the one of then.
+    #[must_use]
+    pub fn of_revision(mut self, revision: Option<u64>) -> Self {
+        if self.earlier.is_none() {
+            self.payload.revision = revision;
+        }
+        self
     }
 
     /// How many entry jumps it will write.

@@ -46,6 +46,7 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, facts:
         eh_frame,
         record_bytes: layout.stub.offset_from(layout.region.start)?,
         beside: crate::plan::beside::agree(patch).is_ok(),
+        revision: None,
         entries: Vec::new(),
         functions,
     })

@@ -7,6 +7,7 @@ mod inspect;
 mod output;
 mod progress;
 mod records;
+mod sign;
 mod wrap;
 
 use std::process::ExitCode;
@@ -35,6 +36,12 @@ enum Command {
     Diff(Box<build::DiffArgs>),
     /// What a patch holds
     Inspect(inspect::InspectArgs),
+    /// Makes a pair of keys for `sign`
+    Keygen(sign::KeygenArgs),
+    /// Signs a patch: FIX.so.minisig
+    Sign(sign::SignArgs),
+    /// Whether a patch is signed by a key
+    Verify(sign::VerifyArgs),
     /// What to ask of the build
     Flags(flags::FlagsArgs),
     /// Builds C and C++ with what a diff needs, and keeps every linked image
@@ -55,6 +62,9 @@ pub fn main() -> ExitCode {
         None => build::main(args.build),
         Some(Command::Diff(args)) => build::diff(*args),
         Some(Command::Inspect(args)) => inspect::main(&args),
+        Some(Command::Keygen(args)) => sign::keygen(&args),
+        Some(Command::Sign(args)) => sign::sign(&args),
+        Some(Command::Verify(args)) => sign::verify(&args),
         Some(Command::Flags(args)) => flags::main(&args),
         Some(Command::Wrap(args)) => wrap::main(&args),
     }
