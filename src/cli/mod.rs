@@ -11,6 +11,7 @@ use livepatch::plan::beside::Consistency;
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
+mod confirm;
 mod debug;
 mod policy;
 mod text;
@@ -49,8 +50,11 @@ enum Command {
     Status(StatusArgs),
     #[command(hide = true)]
     Canary(Rest),
-    #[command(hide = true)]
-    Confirm(Rest),
+    /// Makes an applied patch permanent.
+    #[command(
+        after_help = "Example:\n  livepatch apply 4711 fix.so --confirm-within 10m &\n  livepatch confirm 4711 fix"
+    )]
+    Confirm(ConfirmArgs),
     /// Finishes or undoes what an interrupted command left.
     #[command(after_help = "Example:\n  livepatch recover 4711")]
     Recover(RecoverArgs),
@@ -113,6 +117,9 @@ struct PatchArgs {
     inside: Inside,
     #[command(flatten)]
     signature: policy::SignatureArgs,
+    /// Stays, and reverts the patch unless `livepatch confirm` has made it permanent by then.
+    #[arg(long, value_name = "TIME", value_parser = text::duration)]
+    confirm_within: Option<Duration>,
     /// Holds from outside even where an agent is linked in: always so in this version.
     #[arg(long)]
     hold: bool,
@@ -174,6 +181,18 @@ struct SymbolsArgs {
 }
 
 #[derive(Args)]
+struct ConfirmArgs {
+    /// PIDs, then the patch's name.
+    #[arg(required = true, value_name = "PID... NAME")]
+    words: Vec<String>,
+    #[command(flatten)]
+    which: Which,
+    /// Results in JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 struct RecoverArgs {
     /// The processes.
     #[arg(value_name = "PID")]
@@ -206,7 +225,7 @@ pub fn main() -> ExitCode {
         Command::Revert(a) => revert(&a),
         Command::Status(a) => status(&a),
         Command::Canary(_) => absent("canary"),
-        Command::Confirm(_) => absent("confirm"),
+        Command::Confirm(a) => confirm::confirm(&a),
         Command::Recover(a) => recover(&a),
         Command::Watch(_) => absent("watch"),
         Command::Console(_) => absent("console"),
@@ -313,6 +332,7 @@ impl PatchArgs {
             allow_unwind: self.allow.iter().any(|r| r == "unwind"),
             consistency: self.inside.consistency(),
             signed,
+            confirm_within: self.confirm_within,
             allow_replay: self.allow.iter().any(|r| r == "replay"),
         };
         Ok((pids, patch, options))
@@ -384,17 +404,24 @@ fn apply(args: &PatchArgs) -> u8 {
                 if !report.already {
                     done.push(pid);
                 }
+                if report.already && options.confirm_within.is_some() {
+                    eprintln!("livepatch: process {pid}: it was applied before: nothing reverts it");
+                }
             }
             Err(e) => {
                 code = worst(code, fail(Some(pid), &e, json));
                 if args.all_or_none {
                     take_back(&done, &patch.manifest.name, &options, json);
+                    done.clear();
                     break;
                 }
             }
         }
     }
-    code
+    match options.confirm_within {
+        Some(within) => worst(code, confirm::watch(done, &patch, within, &options, json)),
+        None => code,
+    }
 }
 
 /// Reverts what was applied before one process failed.

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use livepatch::patcher::{CheckReport, Error, Outcome, ProcessStatus, Reclaimed, Recovered, Report};
+use livepatch::patcher::{CheckReport, Confirmed, Error, Outcome, ProcessStatus, Reclaimed, Recovered, Report};
 use livepatch::plan::Refusal;
 use livepatch::registry::State;
 use serde_json::{json, Value};
@@ -138,6 +138,22 @@ pub fn status(s: &ProcessStatus) -> String {
         }
         if p.applied_at > 0 {
             let _ = write!(out, ", last applied {} with a pause of {:.1} µs", utc(p.applied_at), p.pause_us);
+        }
+        match p.confirmation {
+            None => {}
+            Some(Confirmed::Permanent) => out.push_str(", permanent"),
+            Some(Confirmed::Current) => out.push_str(", current"),
+            Some(Confirmed::Unconfirmed { by, watcher }) => {
+                let _ = write!(out, ", unconfirmed: ");
+                let _ = match watcher {
+                    Some(pid) => write!(out, "PID {pid} reverts it at {}", utc(by)),
+                    None => write!(
+                        out,
+                        "it was to be confirmed by {}, and the command that would revert it is gone",
+                        utc(by)
+                    ),
+                };
+            }
         }
         let _ = writeln!(out);
         if p.unfinished {

@@ -15,12 +15,13 @@ use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
-use crate::registry::{self, State};
+use crate::registry::{self, Confirmation, State};
 use crate::signature::Signed;
 use crate::stack::{Cfi, Part, Watched};
-use crate::transaction::{relax, Applied, Planned, Staged, SwapError, TransactionError};
+use crate::transaction::{relax, Applied, Planned, Staged, Stamp, SwapError, TransactionError};
 
 mod blame;
+mod confirm;
 mod error;
 mod idle;
 mod inside;
@@ -36,7 +37,7 @@ pub use error::{Error, NotQuiescent, TraceLine};
 pub use inside::Inside;
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
-pub use status::{patched_processes, PatchStatus, ProcessStatus};
+pub use status::{patched_processes, Confirmed, PatchStatus, ProcessStatus};
 
 /// How long an apply looks for a thread that registers unwind tables which nothing depends on.
 const MOMENT: Duration = Duration::from_millis(300);
@@ -56,6 +57,8 @@ pub struct Options {
     pub consistency: Consistency,
     /// What the patch's signature says, if that was looked at.
     pub signed: Option<Signed>,
+    /// By when the patch is to be confirmed; the caller reverts it otherwise.
+    pub confirm_within: Option<Duration>,
     /// Go on although the process has seen a patch of a higher revision: `--allow replay`.
     pub allow_replay: bool,
 }
@@ -69,6 +72,7 @@ impl Default for Options {
             allow_unwind: false,
             consistency: Consistency::Stack,
             signed: None,
+            confirm_within: None,
             allow_replay: false,
         }
     }
@@ -300,7 +304,13 @@ impl Patcher {
             };
             let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-            match staged.commit(retry.limits(), &mut checker, inspected.sequence, now) {
+            let confirmation = options.confirm_within.map_or_else(Confirmation::default, |within| Confirmation {
+                confirmed: false,
+                by_s: now + within.as_secs().max(1),
+                watcher: std::process::id(),
+            });
+            let stamp = Stamp { sequence: inspected.sequence, applied_at_s: now, confirmation };
+            match staged.commit(retry.limits(), &mut checker, stamp) {
                 Ok(committed) => break committed,
                 Err(failed) => {
                     let (back, error) = *failed;

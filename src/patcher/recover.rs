@@ -255,7 +255,7 @@ mod tests {
     use crate::addr::{ProcAddr, ProcRange};
     use crate::process::fake::FakeProcess;
     use crate::process::Access;
-    use crate::registry::Payload;
+    use crate::registry::{Confirmation, Payload};
 
     const AT: u64 = 0x1000;
 
@@ -284,7 +284,14 @@ mod tests {
             entries: vec![entry(AT), entry(AT + 16)],
             functions: Vec::new(),
         };
-        let mutable = Mutable { state, unwind: Unwind::None, sequence: 0, applied_at_s: 0, pause_ns: 0 };
+        let mutable = Mutable {
+            state,
+            unwind: Unwind::None,
+            sequence: 0,
+            applied_at_s: 0,
+            pause_ns: 0,
+            confirmation: Confirmation::default(),
+        };
         Found { region, mutable, payload }
     }
 

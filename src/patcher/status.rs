@@ -6,7 +6,7 @@ use super::recover::Entries;
 use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
 use crate::process::{Pid, Process, ProcessError};
-use crate::registry::{State, Unwind};
+use crate::registry::{Confirmation, State, Unwind};
 use crate::symbols::{self, SymbolFile};
 use crate::transaction::Applied;
 
@@ -23,6 +23,8 @@ pub struct PatchStatus {
     pub state: State,
     /// Whether an interrupted command left it so: `livepatch recover` finishes or undoes.
     pub unfinished: bool,
+    /// Whether it is meant to stay, if it is applied.
+    pub confirmation: Option<Confirmed>,
     /// The functions that it replaces.
     pub functions: Vec<String>,
     /// How many entries it has.
@@ -37,6 +39,40 @@ pub struct PatchStatus {
     pub unwind_registered: bool,
     /// What is wrong with it, if something is.
     pub damage: Option<String>,
+}
+
+/// Whether an applied patch is meant to stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "is")]
+pub enum Confirmed {
+    /// Somebody confirmed it.
+    Permanent,
+    /// Nobody did, and nobody has to.
+    Current,
+    /// Somebody is to confirm it.
+    Unconfirmed {
+        /// Until then, Unix time in seconds.
+        by: u64,
+        /// The command that reverts it otherwise, if it still runs.
+        watcher: Option<u32>,
+    },
+}
+
+impl From<Confirmation> for Confirmed {
+    fn from(c: Confirmation) -> Self {
+        // What has its number now need not be it: only another livepatch is taken for it.
+        let lives = |pid: &u32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|n| n.trim_end() == "livepatch")
+        };
+        match c {
+            Confirmation { confirmed: true, .. } => Self::Permanent,
+            Confirmation { by_s: 0, .. } => Self::Current,
+            Confirmation { by_s, watcher, .. } => {
+                Self::Unconfirmed { by: by_s, watcher: Some(watcher).filter(|w| *w != 0).filter(lives) }
+            }
+        }
+    }
 }
 
 /// One process.
@@ -110,6 +146,7 @@ impl Patcher {
                 digest: payload.digest.to_string(),
                 state,
                 unfinished,
+                confirmation: (state == State::Applied).then(|| mutable.confirmation.into()),
                 functions: payload.functions.iter().filter(|f| f.old.is_some()).map(|f| f.demangled.clone()).collect(),
                 entries,
                 bytes: found.region.len_bytes(),

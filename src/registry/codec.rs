@@ -13,7 +13,10 @@
 //! | 80 | 8 | sequence number of the last apply |
 //! | 88 | 8 | Unix time of it, in seconds |
 //! | 96 | 8 | its pause in nanoseconds |
-//! | 104 | 24 | zero |
+//! | 104 | 8 | Unix time by which it is to be confirmed, or zero |
+//! | 112 | 4 | 1 if it is confirmed |
+//! | 116 | 4 | PID of the command that reverts it if it is not, or zero |
+//! | 120 | 8 | zero |
 //! | 128 | | the payload, JSON |
 
 use serde::{Deserialize, Serialize};
@@ -33,6 +36,9 @@ pub const HEADER_BYTES: usize = 128;
 
 /// Offset of the part that changes. It begins with the state, which switch stubs read.
 pub const MUTABLE_AT: u64 = 72;
+
+/// Bytes of it.
+const MUTABLE_BYTES: usize = 48;
 
 /// The state's first byte of an applied patch.
 pub const APPLIED: u8 = 2;
@@ -101,6 +107,19 @@ pub struct Mutable {
     pub applied_at_s: u64,
     /// What that cost.
     pub pause_ns: u64,
+    /// Whether it is meant to stay.
+    pub confirmation: Confirmation,
+}
+
+/// Whether an applied patch is meant to stay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Confirmation {
+    /// Somebody said so.
+    pub confirmed: bool,
+    /// Unix time until which somebody is to say so; 0: no limit.
+    pub by_s: u64,
+    /// The command that reverts it otherwise; 0: none.
+    pub watcher: u32,
 }
 
 /// The fixed part of a record.
@@ -284,9 +303,14 @@ impl Header {
             2 => Unwind::Registering,
             _ => return Err(CodecError::Field("unwind")),
         };
-        if u32_at(head, 20)? != 0 || bytes::<24>(head, 104)? != [0; 24] {
+        if u32_at(head, 20)? != 0 || u64_at(head, 120)? != 0 {
             return Err(CodecError::Field("reserved"));
         }
+        let confirmed = match u32_at(head, 112)? {
+            0 => false,
+            1 => true,
+            _ => return Err(CodecError::Field("confirmed")),
+        };
         let (region_bytes, payload_bytes) = (u64_at(head, 24)?, u64_at(head, 32)?);
         if payload_bytes > MAX_PAYLOAD || region_bytes < payload_bytes + HEADER_BYTES as u64 {
             return Err(CodecError::Field("length"));
@@ -297,6 +321,7 @@ impl Header {
             sequence: u64_at(head, 80)?,
             applied_at_s: u64_at(head, 88)?,
             pause_ns: u64_at(head, 96)?,
+            confirmation: Confirmation { confirmed, by_s: u64_at(head, 104)?, watcher: u32_at(head, 116)? },
         };
         Ok(Self { region_bytes, payload_bytes, checksum: bytes(head, 40)?, mutable })
     }
@@ -310,7 +335,7 @@ impl Header {
 
 /// The bytes of the part that changes; they belong at [`MUTABLE_AT`].
 #[must_use]
-pub fn encode_mutable(m: &Mutable) -> [u8; 32] {
+pub fn encode_mutable(m: &Mutable) -> [u8; MUTABLE_BYTES] {
     let state: u32 = match m.state {
         State::Staged => 1,
         State::Applied => APPLIED.into(),
@@ -321,12 +346,15 @@ pub fn encode_mutable(m: &Mutable) -> [u8; 32] {
         Unwind::Registered => 1,
         Unwind::Registering => 2,
     };
-    let mut out = [0; 32];
+    let mut out = [0; MUTABLE_BYTES];
     out[..4].copy_from_slice(&state.to_le_bytes());
     out[4..8].copy_from_slice(&unwind.to_le_bytes());
     out[8..16].copy_from_slice(&m.sequence.to_le_bytes());
     out[16..24].copy_from_slice(&m.applied_at_s.to_le_bytes());
     out[24..32].copy_from_slice(&m.pause_ns.to_le_bytes());
+    out[32..40].copy_from_slice(&m.confirmation.by_s.to_le_bytes());
+    out[40..44].copy_from_slice(&u32::from(m.confirmation.confirmed).to_le_bytes());
+    out[44..48].copy_from_slice(&m.confirmation.watcher.to_le_bytes());
     out
 }
 
@@ -346,7 +374,7 @@ pub fn encode(payload: &Payload, mutable: &Mutable, region_bytes: u64) -> Vec<u8
     out.extend((json.len() as u64).to_le_bytes());
     out.extend(sha2::Sha256::digest(&json));
     out.extend(encode_mutable(mutable));
-    out.extend([0; 24]);
+    out.extend([0; 8]);
     out.extend(json);
     out
 }
@@ -427,15 +455,21 @@ mod tests {
         }
     }
 
-    const MUTABLE: Mutable =
-        Mutable { state: State::Applied, unwind: Unwind::Registered, sequence: 3, applied_at_s: 4, pause_ns: 5 };
+    const MUTABLE: Mutable = Mutable {
+        state: State::Applied,
+        unwind: Unwind::Registered,
+        sequence: 3,
+        applied_at_s: 4,
+        pause_ns: 5,
+        confirmation: Confirmation { confirmed: true, by_s: 6, watcher: 7 },
+    };
 
     #[test]
     fn what_is_written_is_read() {
         let bytes = encode(&payload(), &MUTABLE, 8192);
         let (header, read) = decode(&bytes).unwrap();
         assert_eq!((header.mutable, read), (MUTABLE, payload()));
-        assert_eq!(bytes[MUTABLE_AT as usize..][..32], encode_mutable(&MUTABLE));
+        assert_eq!(bytes[MUTABLE_AT as usize..][..MUTABLE_BYTES], encode_mutable(&MUTABLE));
         for cut in 0..bytes.len() {
             assert!(decode(&bytes[..cut]).is_err(), "cut at {cut}");
         }
@@ -460,7 +494,7 @@ mod tests {
             bytes[at] ^= flip;
             let read = decode(&bytes);
             // The region's length and the part that changes carry no checksum.
-            let guarded = !(24..32).contains(&at) && !(72..104).contains(&at);
+            let guarded = !(24..32).contains(&at) && !(72..120).contains(&at);
             prop_assert!(read.is_err() || !guarded);
         }
 

@@ -8,8 +8,8 @@ use crate::memory::ReadMemory;
 mod codec;
 
 pub use codec::{
-    decode, encode, encode_mutable, CodecError, EntryRecord, FunctionRecord, Header, Mutable, OldRecord, Payload,
-    RangeRecord, State, Unwind, APPLIED, HEADER_BYTES, MUTABLE_AT,
+    decode, encode, encode_mutable, CodecError, Confirmation, EntryRecord, FunctionRecord, Header, Mutable, OldRecord,
+    Payload, RangeRecord, State, Unwind, APPLIED, HEADER_BYTES, MUTABLE_AT,
 };
 
 /// A record that was found in a process.

@@ -16,7 +16,9 @@ use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
     StackCheck,
 };
-use crate::registry::{encode, encode_mutable, Found, Mutable, Payload, State, Unwind, APPLIED, MUTABLE_AT};
+use crate::registry::{
+    encode, encode_mutable, Confirmation, Found, Mutable, Payload, State, Unwind, APPLIED, MUTABLE_AT,
+};
 use crate::stack::Watched;
 
 mod record;
@@ -260,8 +262,14 @@ impl Planned {
     }
 }
 
-const FRESH: Mutable =
-    Mutable { state: State::Staged, unwind: Unwind::None, sequence: 0, applied_at_s: 0, pause_ns: 0 };
+const FRESH: Mutable = Mutable {
+    state: State::Staged,
+    unwind: Unwind::None,
+    sequence: 0,
+    applied_at_s: 0,
+    pause_ns: 0,
+    confirmation: Confirmation { confirmed: false, by_s: 0, watcher: 0 },
+};
 
 /// A patch that lies in the process, with no entry leading to it. Dropped, it takes its mapping away.
 #[must_use = "dropped, it is taken away again"]
@@ -422,10 +430,11 @@ impl<'p, P: Process> Staged<'p, P> {
         mut self,
         limits: HoldLimits,
         check: &mut dyn StackCheck,
-        sequence: u64,
-        applied_at_s: u64,
+        stamp: Stamp,
     ) -> Result<Committed, Box<(Self, TransactionError)>> {
-        let mutable = Mutable { state: State::Applied, sequence, applied_at_s, pause_ns: 0, ..self.mutable };
+        let Stamp { sequence, applied_at_s, confirmation } = stamp;
+        let state = State::Applied;
+        let mutable = Mutable { state, sequence, applied_at_s, pause_ns: 0, confirmation, ..self.mutable };
         let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
         let mut records = vec![RecordEdit { at, before: self.mutable, after: mutable }];
         records.extend(self.planned.replaces.as_ref().map(|r| RecordEdit::reverted(&r.found)));
@@ -454,6 +463,17 @@ impl<P: Process> Drop for Staged<'_, P> {
             let _ = self.process.remote(&[RemoteCall::Unmap(self.planned.layout.region)], deadline);
         }
     }
+}
+
+/// What an apply leaves in the record.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stamp {
+    /// Orders the applies.
+    pub sequence: u64,
+    /// Unix time.
+    pub applied_at_s: u64,
+    /// Until when it is to be confirmed, and who waits for that.
+    pub confirmation: Confirmation,
 }
 
 /// From the switch stubs to where `edits` lead.
@@ -503,7 +523,7 @@ struct RecordEdit {
 impl RecordEdit {
     /// A patch is no longer applied.
     fn reverted(found: &Found) -> Self {
-        let after = Mutable { state: State::Reverted, ..found.mutable };
+        let after = Mutable { state: State::Reverted, confirmation: Confirmation::default(), ..found.mutable };
         Self { at: ProcAddr(found.region.start.0 + MUTABLE_AT), before: found.mutable, after }
     }
 }

@@ -118,7 +118,7 @@ fn apply_as(p: &mut FakeProcess, planned: Planned, sequence: u64) -> Result<Comm
     let led = rewrite(staged.process(), &leads, LIMITS, &mut checker(&windows));
     let watch = WatchList::new(staged.watched());
     let committed = match led {
-        Ok(_) => staged.commit(LIMITS, &mut checker(&watch), sequence, 2),
+        Ok(_) => staged.commit(LIMITS, &mut checker(&watch), Stamp { sequence, applied_at_s: 2, ..Stamp::default() }),
         Err(e) => Err(Box::new((staged, e))),
     };
     let committed = committed.map_err(|failed| {

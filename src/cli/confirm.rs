@@ -1,0 +1,123 @@
+//! Patches that are current until somebody makes them permanent.
+
+use std::time::{Duration, Instant};
+
+use livepatch::patch::{HexBytes, PatchFile};
+use livepatch::patcher::{Confirmed, Error, Options, Patcher};
+use livepatch::process::{Pid, ProcessError};
+use livepatch::registry::State;
+use serde_json::json;
+
+use super::{fail, print_report, usage, worst, ConfirmArgs};
+
+/// How often a patch is looked at: a read of the process's memory.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A gate said no.
+const NOT_CONFIRMED: u8 = 5;
+
+/// `livepatch confirm PID... NAME`
+pub fn confirm(args: &ConfirmArgs) -> u8 {
+    let Some((name, pids)) = args.words.split_last() else { return usage("which patch?") };
+    let pids: Result<Vec<i32>, _> = pids.iter().map(|p| p.parse::<i32>().map_err(|_| p)).collect();
+    let pids = match pids {
+        Ok(pids) => pids,
+        Err(p) => return usage(&format!("{p:?} is not a PID")),
+    };
+    let pids = match args.which.pids(&pids) {
+        Ok(pids) => pids,
+        Err(e) => return usage(&e),
+    };
+    if pids.is_empty() {
+        eprintln!("livepatch: no process matches");
+        return 6;
+    }
+    let mut code = 0;
+    for pid in pids {
+        match Patcher::open(Pid(pid)).and_then(|mut p| p.confirm(name)) {
+            Ok(()) if args.json => println!("{}", json!({"pid": pid, "patch": name, "confirmation": "permanent"})),
+            Ok(()) => println!("process {pid}: patch {name} is permanent"),
+            Err(e) => code = worst(code, fail(Some(pid), &e, args.json)),
+        }
+    }
+    code
+}
+
+/// What has become of a patch that waits for its confirmation.
+enum Seen {
+    Waiting,
+    Permanent,
+    /// Somebody reverted it, or another took its place.
+    Away,
+}
+
+fn look(pid: i32, digest: &str) -> Result<Seen, Error> {
+    let status = Patcher::open(Pid(pid))?.status()?;
+    let applied = status.patches.iter().find(|p| p.digest == digest && p.state == State::Applied);
+    Ok(match applied.and_then(|p| p.confirmation) {
+        Some(Confirmed::Permanent) => Seen::Permanent,
+        Some(_) => Seen::Waiting,
+        None => Seen::Away,
+    })
+}
+
+/// Waits until each of these processes has its patch confirmed, and reverts it where that does not come in time.
+pub fn watch(mut pids: Vec<i32>, patch: &PatchFile, within: Duration, options: &Options, json: bool) -> u8 {
+    let name = &patch.manifest.name;
+    let digest = HexBytes(patch.digest.to_vec()).to_string();
+    let deadline = Instant::now() + within;
+    for pid in &pids {
+        eprintln!(
+            "livepatch: process {pid}: patch {name} is reverted in {} s unless it is confirmed: livepatch confirm {pid} {name}",
+            within.as_secs_f64()
+        );
+    }
+    let tell = |pid: i32, what: &str| {
+        if json {
+            println!("{}", json!({"pid": pid, "patch": name, "confirmation": what}));
+        } else {
+            println!("process {pid}: patch {name} is {what}");
+        }
+    };
+    let mut code = 0;
+    while !pids.is_empty() {
+        std::thread::sleep(LOOK.min(deadline.saturating_duration_since(Instant::now())));
+        let overdue = Instant::now() >= deadline;
+        pids.retain(|pid| match look(*pid, &digest) {
+            Ok(Seen::Permanent) => {
+                tell(*pid, "permanent");
+                false
+            }
+            Ok(Seen::Away) => {
+                tell(*pid, "no longer applied");
+                false
+            }
+            Ok(Seen::Waiting) if overdue => {
+                eprintln!("livepatch: process {pid}: nobody confirmed patch {name}");
+                match Patcher::open(Pid(*pid)).and_then(|mut p| p.revert(Some(name), options)) {
+                    Ok(report) => {
+                        print_report(&report, json);
+                        code = worst(code, NOT_CONFIRMED);
+                        false
+                    }
+                    Err(e) => still(*pid, &e, &mut code, json),
+                }
+            }
+            Ok(Seen::Waiting) => true,
+            Err(e) => still(*pid, &e, &mut code, json),
+        });
+    }
+    code
+}
+
+/// Whether to go on with a process after an error: not with one that is gone.
+fn still(pid: i32, error: &Error, code: &mut u8, json: bool) -> bool {
+    if matches!(error, Error::Process(ProcessError::Gone(_))) {
+        *code = worst(*code, fail(Some(pid), error, json));
+        return false;
+    }
+    // Another command at work, a debugger, a thread inside: all of that ends.
+    eprintln!("livepatch: process {pid}: {error}; trying again");
+    std::thread::sleep(LOOK);
+    true
+}
