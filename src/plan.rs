@@ -65,11 +65,11 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// In the region that begins at `start`, behind a record of `record_bytes`, with so many switch stubs.
+    /// In the region that begins at `start`, behind a record of `record_bytes`, with room for stubs.
     #[must_use]
-    pub fn at(start: ProcAddr, record_bytes: u64, stubs: u64, patch: &PatchFile) -> Option<Self> {
+    pub fn at(start: ProcAddr, record_bytes: u64, stub_bytes: u64, patch: &PatchFile) -> Option<Self> {
         let stub = start.checked_add(record_bytes.checked_next_multiple_of(PAGE)?)?;
-        let stubs = stubs.checked_mul(insn::STUB_BYTES)?.checked_next_multiple_of(PAGE)?;
+        let stubs = stub_bytes.checked_next_multiple_of(PAGE)?;
         let base = stub.checked_add(PAGE)?.checked_add(stubs)?;
         let end = base.checked_add(patch.len_bytes())?;
         Some(Self { region: ProcRange { start, end }, stub, base })
@@ -85,10 +85,11 @@ impl Layout {
         image: ProcRange,
         maps: &[Mapping],
         record_bytes: u64,
-        stubs: u64,
+        stub_bytes: u64,
         patch: &PatchFile,
     ) -> Result<Self, Refusal> {
-        let len_bytes = Self::at(ProcAddr(0), record_bytes, stubs, patch).map_or(u64::MAX, |l| l.region.len_bytes());
+        let len_bytes =
+            Self::at(ProcAddr(0), record_bytes, stub_bytes, patch).map_or(u64::MAX, |l| l.region.len_bytes());
         let no_room = || Refusal::NoRoom { len_bytes };
         let short = patch.relocs.iter().any(|r| r.kind == RelocKind::Abs32);
         let highest = if short { SHORT_LIMIT } else { HIGHEST };
@@ -107,7 +108,8 @@ impl Layout {
                 best = Some(start + GAP);
             }
         }
-        best.and_then(|start| Self::at(ProcAddr(start & !(PAGE - 1)), record_bytes, stubs, patch)).ok_or_else(no_room)
+        best.and_then(|start| Self::at(ProcAddr(start & !(PAGE - 1)), record_bytes, stub_bytes, patch))
+            .ok_or_else(no_room)
     }
 }
 
@@ -141,11 +143,11 @@ impl Links {
 /// # Errors
 ///
 /// A relocation does not reach its target.
-pub fn pieces(patch: &PatchFile, layout: &Layout, links: &Links, stubs: &[Vec<u8>]) -> Result<Vec<Piece>, Refusal> {
+pub fn pieces(patch: &PatchFile, layout: &Layout, links: &Links, stubs: &sites::Stubs) -> Result<Vec<Piece>, Refusal> {
     let stub_range = ProcRange { start: layout.stub, end: layout.base };
     let mut bytes = insn::CALL_STUB.to_vec();
-    for (i, code) in stubs.iter().enumerate() {
-        bytes.resize((PAGE + i as u64 * insn::STUB_BYTES) as usize, 0xcc);
+    for (i, code) in stubs.code.iter().enumerate() {
+        bytes.resize((PAGE + i as u64 * stubs.each) as usize, 0xcc);
         bytes.extend(code);
     }
     let mut out = vec![Piece { range: stub_range, access: Access::Execute, bytes }];

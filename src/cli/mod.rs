@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use livepatch::patch::PatchFile;
-use livepatch::patcher::{patched_processes, CheckReport, Error, Options, Patcher, Report};
+use livepatch::patcher::{patched_processes, Canary, CheckReport, Error, Options, Patcher, Report};
 use livepatch::plan::beside::Consistency;
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
+mod canary;
 mod confirm;
 mod debug;
 mod policy;
@@ -48,8 +49,11 @@ enum Command {
     /// What is applied; without PID, every patched process of this host.
     #[command(after_help = "Example:\n  livepatch status\n  livepatch status 4711 --json")]
     Status(StatusArgs),
-    #[command(hide = true)]
-    Canary(Rest),
+    /// Sets what share of the calls runs an applied canary.
+    #[command(
+        after_help = "Example:\n  livepatch apply 4711 fix.so --canary 1% --key handle_order:arg1\n  livepatch canary 4711 fix 25%\n  livepatch canary 4711 fix --follow /etc/gateway/canary"
+    )]
+    Canary(CanaryArgs),
     /// Makes an applied patch permanent.
     #[command(
         after_help = "Example:\n  livepatch apply 4711 fix.so --confirm-within 10m &\n  livepatch confirm 4711 fix"
@@ -117,6 +121,13 @@ struct PatchArgs {
     inside: Inside,
     #[command(flatten)]
     signature: policy::SignatureArgs,
+    /// Only this share of the calls runs the patch, such as 10% or 0.5%; which, a key of each call decides.
+    #[arg(long, value_name = "PERCENT", value_parser = text::percent, requires = "key")]
+    canary: Option<u32>,
+    /// The key of a function's calls: one of its first six arguments, an integer or a pointer. Once for each function of the patch;
+    /// equal keys go the same way.
+    #[arg(long, value_name = "FUNC:argN", value_parser = text::key, requires = "canary")]
+    key: Vec<(String, u8)>,
     /// Stays, and reverts the patch unless `livepatch confirm` has made it permanent by then.
     #[arg(long, value_name = "TIME", value_parser = text::duration)]
     confirm_within: Option<Duration>,
@@ -181,6 +192,21 @@ struct SymbolsArgs {
 }
 
 #[derive(Args)]
+struct CanaryArgs {
+    /// PIDs, the patch's name, and the share (not with --follow).
+    #[arg(required = true, value_name = "PID... NAME PERCENT")]
+    words: Vec<String>,
+    #[command(flatten)]
+    which: Which,
+    /// Stays, and sets what this file says whenever that changes: a number, with or without %.
+    #[arg(long, value_name = "FILE")]
+    follow: Option<PathBuf>,
+    /// Results in JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 struct ConfirmArgs {
     /// PIDs, then the patch's name.
     #[arg(required = true, value_name = "PID... NAME")]
@@ -224,7 +250,7 @@ pub fn main() -> ExitCode {
         Command::Apply(a) => apply(&a),
         Command::Revert(a) => revert(&a),
         Command::Status(a) => status(&a),
-        Command::Canary(_) => absent("canary"),
+        Command::Canary(a) => canary::main(&a),
         Command::Confirm(a) => confirm::confirm(&a),
         Command::Recover(a) => recover(&a),
         Command::Watch(_) => absent("watch"),
@@ -318,6 +344,10 @@ impl PatchArgs {
         if file.parse::<i32>().is_ok() && !Path::new(file).exists() {
             return Err(usage(&format!("{file:?} is a PID: give the patch file after it")));
         }
+        if self.key.iter().any(|(function, argument)| function == text::SESSION && *argument == 0) {
+            eprintln!("livepatch: refused: --key session needs an agent that is linked into the process: give --key FUNC:argN");
+            return Err(3);
+        }
         let pids = self.which.pids(&pids).map_err(|e| usage(&e))?;
         let (patch, bytes) = read_patch(file, self.common.json)?;
         let signed = self.signature.check(Path::new(file), &bytes, self.common.json)?;
@@ -332,6 +362,7 @@ impl PatchArgs {
             allow_unwind: self.allow.iter().any(|r| r == "unwind"),
             consistency: self.inside.consistency(),
             signed,
+            canary: self.canary.map(|share| Canary { share, keys: self.key.clone() }),
             confirm_within: self.confirm_within,
             allow_replay: self.allow.iter().any(|r| r == "replay"),
         };

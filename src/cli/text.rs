@@ -22,6 +22,28 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * scale).map_err(|e| e.to_string())
 }
 
+/// `10%`, `0.5`: in 1/10,000.
+pub fn percent(text: &str) -> Result<u32, String> {
+    let no = || format!("{text:?} is no share such as 10% or 0.5%, in steps of 0.01%");
+    let number: f64 = text.trim_end_matches('%').trim().parse().map_err(|_| no())?;
+    let share = number * 100.0;
+    let whole = (share - share.round()).abs() < 1e-6 && (0.0..=10_000.0).contains(&share);
+    whole.then(|| share.round() as u32).ok_or_else(no)
+}
+
+/// The key that only an agent knows.
+pub const SESSION: &str = "session";
+
+/// `FUNC:arg1`, or `session`, as argument 0.
+pub fn key(text: &str) -> Result<(String, u8), String> {
+    if text == SESSION {
+        return Ok((SESSION.into(), 0));
+    }
+    let no = || format!("{text:?} is no key such as handle_order:arg1");
+    let (function, argument) = text.rsplit_once(":arg").ok_or_else(no)?;
+    Ok((function.to_owned(), argument.parse().map_err(|_| no())?))
+}
+
 fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
@@ -139,6 +161,9 @@ pub fn status(s: &ProcessStatus) -> String {
         if p.applied_at > 0 {
             let _ = write!(out, ", last applied {} with a pause of {:.1} µs", utc(p.applied_at), p.pause_us);
         }
+        if let Some(percent) = p.canary_percent {
+            let _ = write!(out, ", a canary of {percent} %");
+        }
         match p.confirmation {
             None => {}
             Some(Confirmed::Permanent) => out.push_str(", permanent"),
@@ -212,6 +237,17 @@ mod tests {
         for bad in ["", "s", "5h", "-1s", "1e400s"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn shares_are_percent() {
+        assert_eq!((percent("10%"), percent("0.5"), percent("100 %")), (Ok(1000), Ok(50), Ok(10_000)));
+        assert_eq!((percent("0"), percent("0.01%")), (Ok(0), Ok(1)));
+        for bad in ["", "%", "101%", "-1", "0.001%", "NaN", "ten"] {
+            assert!(percent(bad).is_err(), "{bad}");
+        }
+        assert_eq!(key("a::b:arg2"), Ok(("a::b".into(), 2)));
+        assert!(key("f").is_err() && key("f:argx").is_err());
     }
 
     #[test]

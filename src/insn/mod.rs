@@ -4,8 +4,10 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
 use crate::addr::{ProcAddr, ProcRange};
 
+mod canary;
 mod stub;
 
+pub use canary::{bucket, canary_stub, KeyArgument, ShareWords, CANARY_BYTES, WHOLE};
 pub use stub::{original_thunk, switch_stub, StubError, Way, OVERWRITTEN, STUB_BYTES};
 
 /// An instruction that we write.

@@ -4,7 +4,7 @@ use super::{Error, Patcher};
 use crate::addr::ProcAddr;
 use crate::process::ptrace::Undisturbed;
 use crate::process::Process;
-use crate::registry::{encode_mutable, Confirmation, Mutable, State, MUTABLE_AT};
+use crate::registry::{encode_mutable, Confirmation, Mutable, MUTABLE_AT};
 
 impl Patcher {
     /// Makes an applied patch permanent: whoever waits to revert it no longer does. Nothing is stopped.
@@ -21,15 +21,7 @@ impl Patcher {
         let _undisturbed = Undisturbed::begin();
         let _lock = self.process.lock()?;
         self.finished()?;
-        let pid = self.process.pid();
-        let mut applied = self.records()?;
-        applied.retain(|r| r.mutable.state == State::Applied);
-        let Some(found) = applied.iter().rfind(|r| r.payload.patch == name) else {
-            return Err(match applied.pop() {
-                None => Error::NothingApplied { pid },
-                Some(newest) => Error::NoSuchPatch { pid, name: name.to_owned(), applied: newest.payload.patch },
-            });
-        };
+        let found = self.applied(name)?;
         let confirmation = Confirmation { confirmed: true, ..Confirmation::default() };
         self.process.adopt(found.region);
         let at = ProcAddr(found.region.start.0 + MUTABLE_AT);

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Error, Inspected, Options, Patcher};
+use super::{Canary, Error, Inspected, Options, Patcher};
 use crate::addr::{ProcAddr, ProcRange};
 use crate::elf::EM_X86_64;
 use crate::image::Image;
-use crate::insn;
+use crate::insn::{self, KeyArgument};
 use crate::link::{LinkError, Scope};
 use crate::maps::PAGE;
 use crate::memory::ReadMemory;
@@ -14,7 +14,7 @@ use crate::patch::{in_chain, HexBytes, PatchFile, STACK_SWITCHES};
 use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
-use crate::registry::{EntryRecord, Found, FunctionRecord, State, Unwind};
+use crate::registry::{CanaryRecord, EntryRecord, Found, FunctionRecord, State, Unwind};
 use crate::transaction::{Applied, Planned, Replaced, Target};
 
 /// Libraries that define such functions or are known not to switch.
@@ -63,6 +63,35 @@ impl Noes {
             _ => Error::RefusedFor(self.0),
         }
     }
+}
+
+/// Each key of a canary is one of a function that the patch replaces and calls can reach.
+fn check_keys(patch: &PatchFile, options: &Options) -> Result<(), Error> {
+    let Some(canary) = &options.canary else { return Ok(()) };
+    let no = |why: String| Err(Refusal::Canary { why }.into());
+    for (function, argument) in &canary.keys {
+        if KeyArgument::new(*argument).is_none() {
+            return no(format!("argument {argument} of {function} is not in a register; 1 to 6 are"));
+        }
+        let entered = |f: &crate::patch::Function| f.old.as_ref().is_some_and(|o| o.entry.is_some());
+        match patch.manifest.functions.iter().find(|f| f.demangled == *function) {
+            None => return no(format!("the patch has no function {function}")),
+            Some(f) if f.old.is_none() => return no(format!("{function} is new: nothing old calls it")),
+            Some(f) if !entered(f) => {
+                return no(format!("{function} is called by functions of the patch only: it needs no key"))
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// A canary with a salt of its own.
+fn with_salt(canary: &Canary) -> Result<CanaryRecord, Refusal> {
+    let mut salt = [0; 8];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut f| std::io::Read::read_exact(&mut f, &mut salt));
+    read.map_err(|e| Refusal::Canary { why: format!("/dev/urandom can't be read ({e})") })?;
+    Ok(CanaryRecord { salt: u64::from_le_bytes(salt), keys: canary.keys.clone() })
 }
 
 /// How long a child of vfork may take to call exec before it counts as a sharer for good.
@@ -126,7 +155,8 @@ impl Patcher {
         }
         let facts = self.check_code(image, patch, replaced.as_ref(), &mut noes);
         let previous = replaced.as_ref().map_or_else(Vec::new, |r| r.chain.clone());
-        noes.ask(plan::beside::check(patch, &facts, &options.consistency).map_err(Error::from))?;
+        noes.ask(plan::beside::check(patch, &facts, &options.of_apply()).map_err(Error::from))?;
+        noes.ask(check_keys(patch, options))?;
         let imports = self.imports(image, patch, &mut noes)?;
         let links = Links { bias: image.bias, imports, previous };
         let static_program = self.is_static(image)?.then(|| image.clone());
@@ -144,12 +174,18 @@ impl Patcher {
             // With another consistency it may have had other entries.
             let entered = manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
             let same = r.payload.jumps() == entered.count() + manifest.redirects.len();
-            r.payload.digest.0 == patch.digest && usable && same
+            let keys = |c: &CanaryRecord| c.keys.clone();
+            let alike = r.payload.canary.as_ref().map(keys) == options.canary.as_ref().map(|c| c.keys.clone());
+            r.payload.digest.0 == patch.digest && usable && same && alike
         };
         let earlier = records.iter().find(known);
         let planned = match earlier {
             Some(found) => Planned::again(patch, &links, found, &facts, replaced)?,
-            None => Planned::new(patch, &Target { links, range: image.range }, &self.maps, &facts, replaced)?,
+            None => {
+                let canary = options.canary.as_ref().map(with_salt).transpose()?;
+                let target = Target { links, range: image.range };
+                Planned::new(patch, &target, &self.maps, &facts, replaced, canary.as_ref())?
+            }
         };
         let planned = planned.of_revision(options.signed.as_ref().and_then(|s| s.revision));
         Ok(Inspected { planned: Some(planned), already: false, register_frame, static_program, sequence })

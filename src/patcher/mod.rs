@@ -2,32 +2,31 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
-
 use crate::addr::ProcRange;
 use crate::image::Image;
 use crate::insn;
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
-use crate::plan::beside::{self, Consistency};
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
-use crate::process::{HoldError, HoldLimits, HoldTimes, Pid, Process, ProcessError};
+use crate::process::{HoldError, HoldLimits, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
-use crate::registry::{self, Confirmation, State};
-use crate::signature::Signed;
+use crate::registry::{self, Confirmation, Share, State};
 use crate::stack::{Cfi, Part, Watched};
 use crate::transaction::{relax, Applied, Planned, Staged, Stamp, SwapError, TransactionError};
 
 mod blame;
+mod canary;
 mod confirm;
 mod error;
 mod idle;
 mod inside;
 mod inspect;
+mod options;
 mod reclaim;
 mod recover;
+mod report;
 mod rewrite;
 mod status;
 
@@ -35,96 +34,14 @@ use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
 pub use inside::Inside;
+pub use options::{Canary, Options};
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
+pub use report::{CheckReport, Report};
 pub use status::{patched_processes, Confirmed, PatchStatus, ProcessStatus};
 
 /// How long an apply looks for a thread that registers unwind tables which nothing depends on.
 const MOMENT: Duration = Duration::from_millis(300);
-
-/// How to apply and revert.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// How long to try before giving up.
-    pub timeout: Duration,
-    /// The longest that threads are held in one attempt.
-    pub hold: Duration,
-    /// Go on although the process switches stacks by itself: `--allow contexts`.
-    pub allow_contexts: bool,
-    /// Go on although what the process may load later to unwind will know nothing of the patch: `--allow unwind`.
-    pub allow_unwind: bool,
-    /// What no thread may be inside of when the code switches.
-    pub consistency: Consistency,
-    /// What the patch's signature says, if that was looked at.
-    pub signed: Option<Signed>,
-    /// By when the patch is to be confirmed; the caller reverts it otherwise.
-    pub confirm_within: Option<Duration>,
-    /// Go on although the process has seen a patch of a higher revision: `--allow replay`.
-    pub allow_replay: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            timeout: Duration::from_secs(5),
-            hold: Duration::from_millis(100),
-            allow_contexts: false,
-            allow_unwind: false,
-            consistency: Consistency::Stack,
-            signed: None,
-            confirm_within: None,
-            allow_replay: false,
-        }
-    }
-}
-
-/// What an apply or a revert did.
-#[derive(Clone, Debug, Serialize)]
-pub struct Report {
-    /// The process.
-    pub pid: i32,
-    /// `apply` or `revert`.
-    pub action: &'static str,
-    /// The patch's name.
-    pub patch: String,
-    /// Whether there was nothing to do.
-    pub already: bool,
-    /// The functions replaced, or given back.
-    pub functions: Vec<String>,
-    /// How many entries were written.
-    pub entries: usize,
-    /// The longest that a running thread was held, in µs.
-    pub pause_us: f64,
-    /// The longest that a sleeping thread was held, in µs.
-    pub sleepers_us: f64,
-    /// How many threads there were.
-    pub threads: usize,
-    /// How many holds it took.
-    pub attempts: u32,
-    /// What went less well than it could.
-    pub warnings: Vec<String>,
-}
-
-/// What a check found.
-#[derive(Clone, Debug, Serialize)]
-pub struct CheckReport {
-    /// The process.
-    pub pid: i32,
-    /// The patch's name.
-    pub patch: String,
-    /// Whether it is applied already.
-    pub already: bool,
-    /// The functions that it would replace.
-    pub functions: Vec<String>,
-    /// How many entries it would write.
-    pub entries: usize,
-    /// What to expect.
-    pub warnings: Vec<String>,
-    /// Threads that are inside functions of the patch now: they would have to leave first.
-    pub inside: Vec<Inside>,
-    /// Threads that run, so that nobody can say where without stopping them.
-    pub running: usize,
-}
 
 /// A process to be patched: what the commands are made of.
 ///
@@ -211,7 +128,7 @@ impl Patcher {
     ///
     /// Why it would not.
     pub fn check(&self, patch: &PatchFile, options: &Options) -> Result<CheckReport, Error> {
-        let patch = &*beside::adapt(patch, &options.consistency);
+        let patch = &*options.adapt(patch);
         let inspected = self.unless_ended(self.inspect(patch, options))?;
         let mut report = CheckReport {
             pid: self.process.pid().0,
@@ -225,7 +142,7 @@ impl Patcher {
         };
         if let Some(planned) = inspected.planned {
             report.entries = planned.entries();
-            (report.inside, report.running) = self.inside(&relax(&options.consistency, planned.watched()))?;
+            (report.inside, report.running) = self.inside(&relax(&options.of_apply(), planned.watched()))?;
         }
         Ok(report)
     }
@@ -241,7 +158,8 @@ impl Patcher {
     }
 
     fn try_apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
-        let patch = &*beside::adapt(patch, &options.consistency);
+        let consistency = options.of_apply();
+        let patch = &*options.adapt(patch);
         let _undisturbed = Undisturbed::begin();
         let _lock = self.process.lock()?;
         self.finished()?;
@@ -252,6 +170,7 @@ impl Patcher {
         report.functions = replaced(patch);
         let Some(planned) = inspected.planned else {
             report.already = true;
+            report.warnings.extend(self.canary_of(patch)?);
             return Ok(report);
         };
         let register_frame = inspected.register_frame;
@@ -294,7 +213,7 @@ impl Patcher {
             Ok(times) => times,
             Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
         };
-        let watch = place.watch(relax(&options.consistency, staged.watched()));
+        let watch = place.watch(relax(&consistency, staged.watched()));
         let committed = loop {
             let ready = retry.tables_if_wanted(staged.process(), &self.images);
             let ready = ready.and_then(|()| Ok(StackMap::new(&staged.process().mappings()?)));
@@ -309,7 +228,8 @@ impl Patcher {
                 by_s: now + within.as_secs().max(1),
                 watcher: std::process::id(),
             });
-            let stamp = Stamp { sequence: inspected.sequence, applied_at_s: now, confirmation };
+            let share = options.canary.as_ref().map_or_else(Share::default, |c| Share::of(c.share));
+            let stamp = Stamp { sequence: inspected.sequence, applied_at_s: now, confirmation, share };
             match staged.commit(retry.limits(), &mut checker, stamp) {
                 Ok(committed) => break committed,
                 Err(failed) => {
@@ -368,6 +288,8 @@ impl Patcher {
         let place = Place::new(&self.process, &self.images, &self.maps, &patch);
         let mut retry = Retry::new(deadline, options.hold);
         let (leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
+        // From here on no call begins in the new code of a canary.
+        let share = canary::close(&mut self.process, applied.found())?;
         let led = place.rewrite(&mut self.process, &leads, windows.clone(), &mut retry);
         let held = led
             .and_then(|times| Ok((times, place.revert(&mut self.process, applied, &options.consistency, &mut retry)?)));
@@ -375,6 +297,7 @@ impl Patcher {
             Ok(done) => done,
             Err(e) => {
                 // What stays leads to the new code as before.
+                canary::reopen(&mut self.process, share)?;
                 let retry = Retry::new(Instant::now() + options.timeout, options.hold);
                 place.take_back(&mut self.process, &leads, windows, retry);
                 return Err(e);
@@ -434,14 +357,6 @@ impl Patcher {
             attempts: 0,
             warnings: Vec::new(),
         }
-    }
-}
-
-impl Report {
-    fn fill(&mut self, times: HoldTimes, attempts: u32) {
-        let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
-        (self.pause_us, self.sleepers_us) = (us(times.pause_ns), us(times.sleepers_ns));
-        (self.threads, self.attempts) = (times.threads, attempts);
     }
 }
 

@@ -255,7 +255,7 @@ mod tests {
     use crate::addr::{ProcAddr, ProcRange};
     use crate::process::fake::FakeProcess;
     use crate::process::Access;
-    use crate::registry::{Confirmation, Payload};
+    use crate::registry::{Confirmation, Payload, Share};
 
     const AT: u64 = 0x1000;
 
@@ -281,6 +281,7 @@ mod tests {
             record_bytes: 0,
             beside: false,
             revision: None,
+            canary: None,
             entries: vec![entry(AT), entry(AT + 16)],
             functions: Vec::new(),
         };
@@ -291,6 +292,7 @@ mod tests {
             applied_at_s: 0,
             pause_ns: 0,
             confirmation: Confirmation::default(),
+            share: Share::default(),
         };
         Found { region, mutable, payload }
     }

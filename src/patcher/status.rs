@@ -25,6 +25,8 @@ pub struct PatchStatus {
     pub unfinished: bool,
     /// Whether it is meant to stay, if it is applied.
     pub confirmation: Option<Confirmed>,
+    /// What share of the calls runs it, in percent, if that is chosen by a key.
+    pub canary_percent: Option<f64>,
     /// The functions that it replaces.
     pub functions: Vec<String>,
     /// How many entries it has.
@@ -140,7 +142,9 @@ impl Patcher {
             let of = self.images.iter().find(|i| i.build_id.as_ref() == Some(&payload.build_id.0));
             let other = of.is_none_or(|of| of.range != image.range);
             let named = || of.map_or_else(|| payload.build_id.to_string(), |of| of.short_name().to_owned());
+            let canary = payload.canary.is_some() && state == State::Applied;
             PatchStatus {
+                canary_percent: canary.then(|| f64::from(mutable.share.value()) / 100.0),
                 image: other.then(named),
                 patch: payload.patch,
                 digest: payload.digest.to_string(),

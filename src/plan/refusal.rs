@@ -196,6 +196,12 @@ pub enum Refusal {
         /// What to do about it.
         remedy: String,
     },
+    /// The patch can't be given to a share of the calls only.
+    #[error("the patch can't be a canary: {why}")]
+    Canary {
+        /// Why.
+        why: String,
+    },
     /// The process has seen a patch of a higher revision.
     #[error("the patch is signed as {}, and the process has seen revision {seen}", revision.map_or_else(|| "of no revision".to_owned(), |r| format!("revision {r}")))]
     Replay {
@@ -258,6 +264,7 @@ impl Refusal {
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
             Self::Import { .. } => "import",
+            Self::Canary { .. } => "canary",
             Self::Replay { .. } => "replay",
             Self::InUse { .. } => "in-use",
             Self::Unsupported { .. } => "unsupported",
@@ -303,6 +310,7 @@ impl Refusal {
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc); if no thread of it is cancelled and nothing throws through the patch, --allow unwind".into(),
             Self::Import { remedy, .. } => remedy.clone(),
+            Self::Canary { .. } => "give each function of the patch its key (--key FUNC:argN), or apply it to all calls".into(),
             Self::Replay { .. } => "apply the newest patch; if it is meant to go back, --allow replay".into(),
             Self::InUse { .. } => "it does no harm where it is; try again later, or leave it".into(),
             Self::Unsupported { .. } => "build the patch without it".into(),

@@ -6,9 +6,10 @@
 
 use super::{CodeEdit, Layout, OldFacts, Refusal};
 use crate::addr::{LoadBias, ProcAddr};
-use crate::insn::{self, Edit, OutOfReach, StubError, Way};
+use crate::insn::{self, Edit, KeyArgument, OutOfReach, ShareWords, StubError, Way};
 use crate::maps::PAGE;
 use crate::patch::{PatchFile, ENTRY_JUMP_LEN};
+use crate::registry::{CanaryRecord, APPLIED, MUTABLE_AT, SHARES_AT, WHICH_AT};
 
 /// The bytes of an entry jump.
 pub type Jump = [u8; ENTRY_JUMP_LEN as usize];
@@ -48,19 +49,38 @@ pub struct Written {
     pub back: Option<Jump>,
 }
 
-/// How many switch stubs these sites need: none for a single one, which is switched by its own bytes.
+/// How the sites come to lead to the new code.
+#[derive(Clone, Copy, Debug)]
+pub enum Switch<'k> {
+    /// All at once: by one word, or a single one by its own bytes.
+    All,
+    /// For a share of the calls, by a key.
+    Canary(&'k CanaryRecord),
+}
+
+/// Code behind entry jumps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stubs {
+    /// One after the other.
+    pub code: Vec<Vec<u8>>,
+    /// Bytes from one to the next.
+    pub each: u64,
+}
+
+/// Bytes of the stubs that these sites need: none for a single one that is switched by its own bytes.
 #[must_use]
-pub fn stubs(sites: &[Site]) -> u64 {
-    match sites.len() {
-        0 | 1 => 0,
-        n => (n + sites.iter().filter(|s| s.wants_back()).count()) as u64,
+pub fn stub_bytes(sites: &[Site], how: Switch<'_>) -> u64 {
+    match (how, sites.len()) {
+        (Switch::Canary(_), n) => n as u64 * insn::CANARY_BYTES,
+        (Switch::All, 0 | 1) => 0,
+        (Switch::All, n) => (n + sites.iter().filter(|s| s.wants_back()).count()) as u64 * insn::STUB_BYTES,
     }
 }
 
 /// As long as what [`switch`] returns, before there is a layout.
 #[must_use]
-pub fn draft(sites: &[Site]) -> Vec<Written> {
-    let several = stubs(sites) > 0;
+pub fn draft(sites: &[Site], how: Switch<'_>) -> Vec<Written> {
+    let several = matches!(how, Switch::All) && stub_bytes(sites, how) > 0;
     let of = |s: &Site| Written {
         lead: several.then(Jump::default),
         back: (several && s.wants_back()).then(Jump::default),
@@ -92,25 +112,42 @@ pub fn entries(patch: &PatchFile, bias: LoadBias, facts: &[OldFacts]) -> Result<
     Ok(out)
 }
 
-/// What is written at each of `sites`, and the code of the switch stubs, which follow the word at `word`: one way while it is
-/// `applied`, the other otherwise.
+/// What is written at each of `sites`, and the code of the stubs. `record` is where the patch's record is: its words are what
+/// stubs follow.
 ///
 /// # Errors
 ///
-/// A jump does not reach, lies across two pages, or overwrites what cannot be moved.
-pub fn switch(sites: &[Site], layout: &Layout, word: (ProcAddr, u8)) -> Result<(Vec<Written>, Vec<Vec<u8>>), Refusal> {
-    let several = stubs(sites) > 0;
-    let jump = |at, to| {
-        let encoded = Edit::Jump { at, to }.encode();
-        encoded.map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })
-    };
+/// A jump does not reach, lies across two pages, or overwrites what cannot be moved; a canary has no key for a function.
+pub fn switch(
+    sites: &[Site],
+    layout: &Layout,
+    record: ProcAddr,
+    how: Switch<'_>,
+) -> Result<(Vec<Written>, Stubs), Refusal> {
+    // A kill between its two pages would leave half a jump.
+    if let Some(site) = sites.iter().find(|s| s.at.0 % PAGE > PAGE - ENTRY_JUMP_LEN) {
+        return Err(Refusal::EntryAcrossPages { function: site.function.clone(), at: site.at });
+    }
+    match how {
+        Switch::Canary(canary) => by_key(sites, layout, record, canary),
+        Switch::All => by_word(sites, layout, record),
+    }
+}
+
+fn jump(at: ProcAddr, to: ProcAddr) -> Result<Jump, Refusal> {
+    Edit::Jump { at, to }.encode().map_err(|OutOfReach { at, to }| Refusal::OutOfReach { at, to })
+}
+
+fn immovable(site: &Site) -> impl Fn(StubError) -> Refusal + '_ {
+    |e| Refusal::EntryImmovable { function: site.function.clone(), why: e.to_string() }
+}
+
+fn by_word(sites: &[Site], layout: &Layout, record: ProcAddr) -> Result<(Vec<Written>, Stubs), Refusal> {
+    let word = (ProcAddr(record.0 + MUTABLE_AT), APPLIED);
+    let several = stub_bytes(sites, Switch::All) > 0;
     let (mut out, mut code) = (Vec::with_capacity(sites.len()), Vec::new());
     for site in sites {
         let far = || Refusal::OutOfReach { at: site.at, to: layout.base };
-        // A kill between its two pages would leave half a jump.
-        if site.at.0 % PAGE > PAGE - ENTRY_JUMP_LEN {
-            return Err(Refusal::EntryAcrossPages { function: site.function.clone(), at: site.at });
-        }
         let new = site.new_at.map(|at| layout.base.checked_add(at).ok_or_else(far)).transpose()?;
         let mut written = Written { jump: site.original, ..Written::default() };
         if let Some(new) = new {
@@ -126,8 +163,7 @@ pub fn switch(sites: &[Site], layout: &Layout, word: (ProcAddr, u8)) -> Result<(
             let mut stub = |otherwise| {
                 let at = layout.stub.checked_add(PAGE + code.len() as u64 * insn::STUB_BYTES).ok_or_else(far)?;
                 let built = insn::switch_stub(at, word, site.at, [applied, otherwise]);
-                let no = |e: StubError| Refusal::EntryImmovable { function: site.function.clone(), why: e.to_string() };
-                code.push(built.map_err(no)?);
+                code.push(built.map_err(immovable(site))?);
                 jump(site.at, at)
             };
             written.lead = Some(stub(before)?);
@@ -135,7 +171,32 @@ pub fn switch(sites: &[Site], layout: &Layout, word: (ProcAddr, u8)) -> Result<(
         }
         out.push(written);
     }
-    Ok((out, code))
+    Ok((out, Stubs { code, each: insn::STUB_BYTES }))
+}
+
+fn by_key(
+    sites: &[Site],
+    layout: &Layout,
+    record: ProcAddr,
+    canary: &CanaryRecord,
+) -> Result<(Vec<Written>, Stubs), Refusal> {
+    let words = ShareWords { shares: ProcAddr(record.0 + SHARES_AT), which: ProcAddr(record.0 + WHICH_AT) };
+    let (mut out, mut code) = (Vec::with_capacity(sites.len()), Vec::new());
+    for site in sites {
+        let far = || Refusal::OutOfReach { at: site.at, to: layout.base };
+        let key = canary.keys.iter().find(|(f, _)| *f == site.function).and_then(|(_, n)| KeyArgument::new(*n));
+        let no = |why: String| Refusal::Canary { why };
+        let key = key.ok_or_else(|| no(format!("no key tells the calls of {} apart", site.function)))?;
+        let Some(new_at) = site.new_at.filter(|_| site.before == site.original) else {
+            return Err(no("it takes the place of another patch".into()));
+        };
+        let new = layout.base.checked_add(new_at).ok_or_else(far)?;
+        let at = layout.stub.checked_add(PAGE + code.len() as u64 * insn::CANARY_BYTES).ok_or_else(far)?;
+        let built = insn::canary_stub(at, words, (key, canary.salt), new, site.at, &site.code);
+        code.push(built.map_err(immovable(site))?);
+        out.push(Written { jump: jump(site.at, at)?, ..Written::default() });
+    }
+    Ok((out, Stubs { code, each: insn::CANARY_BYTES }))
 }
 
 /// The edits that make `sites` what `to` chooses of what is written there.

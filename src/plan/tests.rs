@@ -90,7 +90,7 @@ fn relocations_are_stored_or_refused() {
     let bias = LoadBias(0x10_0000);
     let layout = Layout::at(ProcAddr(0x20_0000), 1, 0, &patch).unwrap();
     let links = Links { bias, ..Links::default() };
-    let pieces = pieces(&patch, &layout, &links, &[]).unwrap();
+    let pieces = pieces(&patch, &layout, &links, &sites::Stubs::default()).unwrap();
     let text = &pieces[1].bytes;
     let rel = i32::from_le_bytes(text[1..5].try_into().unwrap());
     assert_eq!(layout.base.0.wrapping_add(1).wrapping_add_signed(rel.into()), 0x10_0010 - 4);
@@ -98,10 +98,13 @@ fn relocations_are_stored_or_refused() {
     assert_eq!(pieces[2].bytes[..8], 0x10_0020u64.to_le_bytes());
     assert_eq!((pieces[1].access, pieces[2].access), (Access::Execute, Access::Write));
     let far = Layout::at(ProcAddr(0x20_0000 + (3 << 30)), 1, 0, &patch).unwrap();
-    assert!(matches!(super::pieces(&patch, &far, &links, &[]), Err(Refusal::OutOfReach { .. })));
+    assert!(matches!(super::pieces(&patch, &far, &links, &sites::Stubs::default()), Err(Refusal::OutOfReach { .. })));
     let mut under = patch.clone();
     under.relocs = vec![reloc(8, RelocKind::Abs64, RelocTarget::Image(ImageAddr(0)), i64::MIN)];
-    assert!(matches!(super::pieces(&under, &layout, &Links::default(), &[]), Err(Refusal::OutOfReach { .. })));
+    assert!(matches!(
+        super::pieces(&under, &layout, &Links::default(), &sites::Stubs::default()),
+        Err(Refusal::OutOfReach { .. })
+    ));
 }
 
 #[test]

@@ -14,9 +14,11 @@
 //! | 88 | 8 | Unix time of it, in seconds |
 //! | 96 | 8 | its pause in nanoseconds |
 //! | 104 | 8 | Unix time by which it is to be confirmed, or zero |
-//! | 112 | 4 | 1 if it is confirmed |
-//! | 116 | 4 | PID of the command that reverts it if it is not, or zero |
-//! | 120 | 8 | zero |
+//! | 112 | 1 | 1 if it is confirmed |
+//! | 113 | 1 | which of the two shares counts |
+//! | 114 | 2 | zero |
+//! | 116 | 4 | PID of the command that reverts it if it is not confirmed, or zero |
+//! | 120 | 8 | two shares of a canary, each in 1/10,000: the canary stubs read them |
 //! | 128 | | the payload, JSON |
 
 use serde::{Deserialize, Serialize};
@@ -38,7 +40,7 @@ pub const HEADER_BYTES: usize = 128;
 pub const MUTABLE_AT: u64 = 72;
 
 /// Bytes of it.
-const MUTABLE_BYTES: usize = 48;
+const MUTABLE_BYTES: usize = 56;
 
 /// The state's first byte of an applied patch.
 pub const APPLIED: u8 = 2;
@@ -109,7 +111,38 @@ pub struct Mutable {
     pub pause_ns: u64,
     /// Whether it is meant to stay.
     pub confirmation: Confirmation,
+    /// How much of the calls goes to the new code, for a canary.
+    pub share: Share,
 }
+
+/// The share of a canary, as its stubs read it: of two words the one that `which` says, so that a change is one byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// In 1/10,000.
+    pub words: [u32; 2],
+    /// Which of the words counts.
+    pub which: u8,
+}
+
+impl Share {
+    /// All that counts.
+    #[must_use]
+    pub fn of(share: u32) -> Self {
+        Self { words: [share, 0], which: 0 }
+    }
+
+    /// The word that counts.
+    #[must_use]
+    pub fn value(self) -> u32 {
+        self.words[usize::from(self.which != 0)]
+    }
+}
+
+/// Offset of the byte that says which share counts.
+pub const WHICH_AT: u64 = 113;
+
+/// Offset of the two shares.
+pub const SHARES_AT: u64 = 120;
 
 /// Whether an applied patch is meant to stay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -221,6 +254,16 @@ pub struct FunctionRecord {
     pub old: Option<OldRecord>,
 }
 
+/// How a canary tells calls apart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CanaryRecord {
+    /// What the key is mixed with.
+    pub salt: u64,
+    /// Each function with the argument that is its key, counted from 1.
+    pub keys: Vec<(String, u8)>,
+}
+
 /// The part of a record that does not change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -245,6 +288,9 @@ pub struct Payload {
     /// The revision that its signature gave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<u64>,
+    /// How calls are told apart, if only a share of them goes to the new code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub canary: Option<CanaryRecord>,
     /// The entry jumps.
     pub entries: Vec<EntryRecord>,
     /// The functions.
@@ -303,12 +349,12 @@ impl Header {
             2 => Unwind::Registering,
             _ => return Err(CodecError::Field("unwind")),
         };
-        if u32_at(head, 20)? != 0 || u64_at(head, 120)? != 0 {
+        let flags: [u8; 4] = bytes(head, 112)?;
+        if u32_at(head, 20)? != 0 || flags[2..] != [0; 2] {
             return Err(CodecError::Field("reserved"));
         }
-        let confirmed = match u32_at(head, 112)? {
-            0 => false,
-            1 => true,
+        let (confirmed, which) = match flags {
+            [confirmed @ 0..=1, which @ 0..=1, ..] => (confirmed == 1, which),
             _ => return Err(CodecError::Field("confirmed")),
         };
         let (region_bytes, payload_bytes) = (u64_at(head, 24)?, u64_at(head, 32)?);
@@ -322,6 +368,7 @@ impl Header {
             applied_at_s: u64_at(head, 88)?,
             pause_ns: u64_at(head, 96)?,
             confirmation: Confirmation { confirmed, by_s: u64_at(head, 104)?, watcher: u32_at(head, 116)? },
+            share: Share { words: [u32_at(head, 120)?, u32_at(head, 124)?], which },
         };
         Ok(Self { region_bytes, payload_bytes, checksum: bytes(head, 40)?, mutable })
     }
@@ -353,8 +400,10 @@ pub fn encode_mutable(m: &Mutable) -> [u8; MUTABLE_BYTES] {
     out[16..24].copy_from_slice(&m.applied_at_s.to_le_bytes());
     out[24..32].copy_from_slice(&m.pause_ns.to_le_bytes());
     out[32..40].copy_from_slice(&m.confirmation.by_s.to_le_bytes());
-    out[40..44].copy_from_slice(&u32::from(m.confirmation.confirmed).to_le_bytes());
+    out[40..42].copy_from_slice(&[u8::from(m.confirmation.confirmed), m.share.which]);
     out[44..48].copy_from_slice(&m.confirmation.watcher.to_le_bytes());
+    out[48..52].copy_from_slice(&m.share.words[0].to_le_bytes());
+    out[52..56].copy_from_slice(&m.share.words[1].to_le_bytes());
     out
 }
 
@@ -374,7 +423,6 @@ pub fn encode(payload: &Payload, mutable: &Mutable, region_bytes: u64) -> Vec<u8
     out.extend((json.len() as u64).to_le_bytes());
     out.extend(sha2::Sha256::digest(&json));
     out.extend(encode_mutable(mutable));
-    out.extend([0; 8]);
     out.extend(json);
     out
 }
@@ -437,6 +485,7 @@ mod tests {
             record_bytes: 4096,
             beside: true,
             revision: None,
+            canary: None,
             entries: vec![EntryRecord {
                 function: "f".into(),
                 at: ProcAddr(0x1000),
@@ -462,6 +511,7 @@ mod tests {
         applied_at_s: 4,
         pause_ns: 5,
         confirmation: Confirmation { confirmed: true, by_s: 6, watcher: 7 },
+        share: Share { words: [8, 9], which: 1 },
     };
 
     #[test]
@@ -494,7 +544,7 @@ mod tests {
             bytes[at] ^= flip;
             let read = decode(&bytes);
             // The region's length and the part that changes carry no checksum.
-            let guarded = !(24..32).contains(&at) && !(72..120).contains(&at);
+            let guarded = !(24..32).contains(&at) && !(72..128).contains(&at);
             prop_assert!(read.is_err() || !guarded);
         }
 

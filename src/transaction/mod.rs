@@ -10,14 +10,14 @@ use crate::addr::{ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::{in_chain, PatchFile};
-use crate::plan::sites::{self, Site};
+use crate::plan::sites::{self, Site, Switch};
 use crate::plan::{self, CodeEdit, Layout, Links, OldFacts, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
     StackCheck,
 };
 use crate::registry::{
-    encode, encode_mutable, Confirmation, Found, Mutable, Payload, State, Unwind, APPLIED, MUTABLE_AT,
+    encode, encode_mutable, CanaryRecord, Confirmation, Found, Mutable, Payload, Share, State, Unwind, MUTABLE_AT,
 };
 use crate::stack::Watched;
 
@@ -140,18 +140,21 @@ impl Planned {
         maps: &[Mapping],
         facts: &[OldFacts],
         replaces: Option<Replaced>,
+        canary: Option<&CanaryRecord>,
     ) -> Result<Self, Refusal> {
         let sites = sites(patch, &target.links, facts, replaces.as_ref())?;
-        let stubs = sites::stubs(&sites);
+        let how = canary.map_or(Switch::All, Switch::Canary);
+        let stubs = sites::stub_bytes(&sites, how);
         // An address is longest at the top of the address space: so the record can only get shorter.
         let far = || Refusal::OutOfReach { at: target.range.start, to: target.range.end };
         let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, stubs, patch).ok_or_else(far)?;
         let draft = payload(patch, &dummy, target.links.bias, facts).ok_or_else(far)?;
-        let draft = with_entries(draft, &sites, &sites::draft(&sites));
+        let draft = Payload { canary: canary.cloned(), ..draft };
+        let draft = with_entries(draft, &sites, &sites::draft(&sites, how));
         let slack = 64;
         let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
         let layout = Layout::near(target.range, maps, record_bytes, stubs, patch)?;
-        Self::at(patch, &target.links, layout, &sites, facts, None, replaces)
+        Self::at(patch, &target.links, layout, (&sites, how), facts, None, replaces)
     }
 
     /// The mapping of an earlier apply of the same patch: its data keep their values.
@@ -167,8 +170,10 @@ impl Planned {
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
         let sites = sites(patch, links, facts, replaces.as_ref())?;
-        let layout = Layout::at(found.region.start, found.payload.record_bytes, sites::stubs(&sites), patch);
-        let planned = layout.map(|l| Self::at(patch, links, l, &sites, facts, Some(found.mutable), replaces));
+        let how = found.payload.canary.as_ref().map_or(Switch::All, Switch::Canary);
+        let stubs = sites::stub_bytes(&sites, how);
+        let layout = Layout::at(found.region.start, found.payload.record_bytes, stubs, patch);
+        let planned = layout.map(|l| Self::at(patch, links, l, (&sites, how), facts, Some(found.mutable), replaces));
         let planned = planned.transpose()?;
         // A signature may have been looked at then and not now, or now and not then.
         let revision = found.payload.revision;
@@ -185,22 +190,28 @@ impl Planned {
         patch: &PatchFile,
         links: &Links,
         layout: Layout,
-        sites: &[Site],
+        (sites, how): (&[Site], Switch<'_>),
         facts: &[OldFacts],
         earlier: Option<Mutable>,
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
-        let word = ProcAddr(layout.region.start.0 + MUTABLE_AT);
-        let (written, stubs) = sites::switch(sites, &layout, (word, APPLIED))?;
+        let (written, stubs) = sites::switch(sites, &layout, layout.region.start, how)?;
         let pieces = plan::pieces(patch, &layout, links, &stubs)?;
         let far = || Refusal::OutOfReach { at: layout.region.start, to: layout.region.end };
-        let payload = with_entries(payload(patch, &layout, links.bias, facts).ok_or_else(far)?, sites, &written);
+        let mut payload = with_entries(payload(patch, &layout, links.bias, facts).ok_or_else(far)?, sites, &written);
+        if let Switch::Canary(canary) = how {
+            payload.canary = Some(canary.clone());
+        }
         let record_bytes = encode(&payload, &FRESH, u64::MAX).len() as u64;
         if record_bytes > payload.record_bytes {
             return Err(Refusal::NoRoom { len_bytes: record_bytes });
         }
         let edits = sites::edits(sites, &written, |w| Some(w.jump));
-        let leads = sites::edits(sites, &written, |w| w.lead);
+        // The stubs of a canary change nothing while its share is zero, and stay.
+        let leads = match how {
+            Switch::All => sites::edits(sites, &written, |w| w.lead),
+            Switch::Canary(_) => edits.clone(),
+        };
         Ok(Self { layout, pieces, edits, leads, payload, earlier, replaces })
     }
 
@@ -269,6 +280,7 @@ const FRESH: Mutable = Mutable {
     applied_at_s: 0,
     pause_ns: 0,
     confirmation: Confirmation { confirmed: false, by_s: 0, watcher: 0 },
+    share: Share { words: [0, 0], which: 0 },
 };
 
 /// A patch that lies in the process, with no entry leading to it. Dropped, it takes its mapping away.
@@ -432,9 +444,9 @@ impl<'p, P: Process> Staged<'p, P> {
         check: &mut dyn StackCheck,
         stamp: Stamp,
     ) -> Result<Committed, Box<(Self, TransactionError)>> {
-        let Stamp { sequence, applied_at_s, confirmation } = stamp;
+        let Stamp { sequence, applied_at_s, confirmation, share } = stamp;
         let state = State::Applied;
-        let mutable = Mutable { state, sequence, applied_at_s, pause_ns: 0, confirmation, ..self.mutable };
+        let mutable = Mutable { state, sequence, applied_at_s, pause_ns: 0, confirmation, share, ..self.mutable };
         let at = ProcAddr(self.planned.layout.region.start.0 + MUTABLE_AT);
         let mut records = vec![RecordEdit { at, before: self.mutable, after: mutable }];
         records.extend(self.planned.replaces.as_ref().map(|r| RecordEdit::reverted(&r.found)));
@@ -474,11 +486,14 @@ pub struct Stamp {
     pub applied_at_s: u64,
     /// Until when it is to be confirmed, and who waits for that.
     pub confirmation: Confirmation,
+    /// The share of a canary.
+    pub share: Share,
 }
 
 /// From the switch stubs to where `edits` lead.
 fn straight(leads: &[CodeEdit], edits: &[CodeEdit]) -> Vec<CodeEdit> {
-    leads.iter().zip(edits).map(|(l, e)| CodeEdit { expected: l.new, ..e.clone() }).collect()
+    let differ = |(l, e): &(&CodeEdit, &CodeEdit)| l.new != e.new;
+    leads.iter().zip(edits).filter(differ).map(|(l, e)| CodeEdit { expected: l.new, ..e.clone() }).collect()
 }
 
 /// A patch that is applied.
@@ -523,7 +538,12 @@ struct RecordEdit {
 impl RecordEdit {
     /// A patch is no longer applied.
     fn reverted(found: &Found) -> Self {
-        let after = Mutable { state: State::Reverted, confirmation: Confirmation::default(), ..found.mutable };
+        let after = Mutable {
+            state: State::Reverted,
+            confirmation: Confirmation::default(),
+            share: Share::default(),
+            ..found.mutable
+        };
         Self { at: ProcAddr(found.region.start.0 + MUTABLE_AT), before: found.mutable, after }
     }
 }

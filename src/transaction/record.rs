@@ -47,6 +47,7 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, facts:
         record_bytes: layout.stub.offset_from(layout.region.start)?,
         beside: crate::plan::beside::agree(patch).is_ok(),
         revision: None,
+        canary: None,
         entries: Vec::new(),
         functions,
     })
@@ -81,8 +82,8 @@ pub(super) fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
 
 /// The switch stubs: a thread in one is on its way, and nobody knows which.
 pub(super) fn stubs(payload: &Payload) -> Option<Watched> {
-    payload.entries.iter().any(|e| e.lead.is_some()).then_some(())?;
     let range = ProcRange { start: payload.stub.checked_add(PAGE)?, end: payload.base };
+    (range.start < range.end).then_some(())?;
     Some(Watched { name: Watched::STUBS.into(), range, part: Part::Companion })
 }
 

@@ -48,6 +48,12 @@ impl Applied {
         Ok(Self { found, edits, leads: leads.unwrap_or_default() })
     }
 
+    /// The whole of what was found.
+    #[must_use]
+    pub fn found(&self) -> &Found {
+        &self.found
+    }
+
     /// Its record.
     #[must_use]
     pub fn payload(&self) -> &Payload {

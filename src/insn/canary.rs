@@ -1,0 +1,203 @@
+//! The canary stub: code behind an entry jump that sends some calls to the new function and the rest on in the old one, by a key
+//! in an argument register.
+//!
+//! ```text
+//! push  rax
+//! push  rdx
+//! lahf                        ; flags: callers that know what a function leaves alone may rely on them
+//! seto  al
+//! push  rax
+//! mov   rax, KEY
+//! mov   rdx, SALT
+//! xor   rax, rdx
+//! mov   rdx, MIX              ; both halves of the product, folded: every bit of the key counts in every bit
+//! mul   rdx
+//! xor   rax, rdx
+//! shr   rax, 32
+//! imul  rax, rax, 10000
+//! shr   rax, 32               ; 0 to 9999
+//! mov   edx, [share 0]
+//! cmp   byte [which], 0
+//! cmovne edx, [share 1]
+//! cmp   eax, edx
+//! jae   old
+//! ...                         ; back: pop rax; add al, 127; sahf; pop rdx; pop rax
+//! jmp   new
+//! old:
+//! ...                         ; back
+//! ...                         ; the overwritten instructions, moved, and on in the old function
+//! ```
+//!
+//! Between `which` and the share that it selects a call may see the one before: each is written whole before `which` changes, and that
+//! is one byte.
+
+use super::stub::{original_thunk, StubError};
+use crate::addr::ProcAddr;
+
+/// Room for one canary stub, in bytes.
+pub const CANARY_BYTES: u64 = 256;
+
+/// Shares are in units of 1 / this.
+pub const WHOLE: u32 = 10_000;
+
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Which argument holds the key: `rdi`, `rsi`, `rdx`, `rcx`, `r8`, `r9` (System V psABI).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyArgument(u8);
+
+impl KeyArgument {
+    /// Counted from 1.
+    #[must_use]
+    pub fn new(argument: u8) -> Option<Self> {
+        (1..=6).contains(&argument).then_some(Self(argument))
+    }
+
+    /// `mov rax, REGISTER`; `rdx` and `rax` are on the stack by then, unchanged.
+    fn to_rax(self) -> [u8; 3] {
+        // REX.W or REX.WR, 89 /r with rax as the destination.
+        let (rex, reg) = match self.0 {
+            1 => (0x48, 7),
+            2 => (0x48, 6),
+            3 => (0x48, 2),
+            4 => (0x48, 1),
+            5 => (0x4c, 0),
+            _ => (0x4c, 1),
+        };
+        [rex, 0x89, 0xc0 | reg << 3]
+    }
+}
+
+/// Which of 10,000 shares a key falls into: what the stub computes.
+#[must_use]
+pub fn bucket(key: u64, salt: u64) -> u32 {
+    let product = u128::from(key ^ salt) * u128::from(MIX);
+    let mixed = product as u64 ^ (product >> 64) as u64;
+    (((mixed >> 32) * u64::from(WHOLE)) >> 32) as u32
+}
+
+/// Where the words lie that a stub reads.
+#[derive(Clone, Copy, Debug)]
+pub struct ShareWords {
+    /// The two shares, four bytes each.
+    pub shares: ProcAddr,
+    /// The byte that says which of them counts.
+    pub which: ProcAddr,
+}
+
+/// The stub at `at` for the entry jump at `entry`.
+///
+/// # Errors
+///
+/// The overwritten instructions cannot be moved, or something is out of reach.
+pub fn canary_stub(
+    at: ProcAddr,
+    words: ShareWords,
+    (key, salt): (KeyArgument, u64),
+    new: ProcAddr,
+    entry: ProcAddr,
+    code: &[u8],
+) -> Result<Vec<u8>, StubError> {
+    const BACK: [u8; 6] = [0x58, 0x04, 0x7f, 0x9e, 0x5a, 0x58];
+    let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
+    let relative = |end: u64, to: ProcAddr| {
+        let distance = i128::from(to.0) - i128::from(end);
+        i32::try_from(distance).map(i32::to_le_bytes).map_err(|_| far("more than 2 GiB away"))
+    };
+    let second = words.shares.checked_add(4).ok_or_else(|| far("it is at the end of memory"))?;
+    let mut out = vec![0x50, 0x52, 0x9f, 0x0f, 0x90, 0xc0, 0x50];
+    let immediate = |out: &mut Vec<u8>, value: u64| {
+        out.extend([0x48, 0xba]);
+        out.extend(value.to_le_bytes());
+    };
+    out.extend(key.to_rax());
+    immediate(&mut out, salt);
+    out.extend([0x48, 0x31, 0xd0]);
+    immediate(&mut out, MIX);
+    out.extend([0x48, 0xf7, 0xe2, 0x48, 0x31, 0xd0, 0x48, 0xc1, 0xe8, 32, 0x48, 0x69, 0xc0]);
+    out.extend(WHOLE.to_le_bytes());
+    out.extend([0x48, 0xc1, 0xe8, 32]);
+    // mov edx, [rip+x]; cmp byte [rip+x], 0; cmovne edx, [rip+x]
+    out.extend([0x8b, 0x15]);
+    out.extend(relative(at.0 + out.len() as u64 + 4, words.shares)?);
+    out.extend([0x80, 0x3d]);
+    out.extend(relative(at.0 + out.len() as u64 + 5, words.which)?);
+    out.extend([0, 0x0f, 0x45, 0x15]);
+    out.extend(relative(at.0 + out.len() as u64 + 4, second)?);
+    out.extend([0x39, 0xd0, 0x73, BACK.len() as u8 + 5]);
+    out.extend(BACK);
+    out.push(0xe9);
+    out.extend(relative(at.0 + out.len() as u64 + 4, new)?);
+    out.extend(BACK);
+    let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
+    out.extend(original_thunk(thunk, entry, code)?);
+    if out.len() as u64 > CANARY_BYTES {
+        return Err(far("it needs too much room"));
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Formatter};
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_stub_is_what_it_should_be() {
+        let words = ShareWords { shares: ProcAddr(0x8078), which: ProcAddr(0x8080) };
+        let key = KeyArgument::new(5).unwrap();
+        let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
+        let stub =
+            canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        let mut formatter = iced_x86::IntelFormatter::new();
+        let lines: Vec<String> = Decoder::with_ip(64, &stub, 0x9000, DecoderOptions::NONE)
+            .iter()
+            .map(|insn| {
+                let mut line = String::new();
+                formatter.format(&insn, &mut line);
+                line
+            })
+            .collect();
+        let old = lines.iter().position(|l| l == "jmp 000000000000A000h").unwrap() + 1;
+        assert_eq!(
+            lines[..8],
+            ["push rax", "push rdx", "lahf", "seto al", "push rax", "mov rax,r8", "mov rdx,77h", "xor rax,rdx"]
+        );
+        let compare = ["mov edx,[8078h]", "cmp byte ptr [8080h],0", "cmovne edx,[807Ch]", "cmp eax,edx"];
+        let at = lines.iter().position(|l| l == compare[0]).unwrap();
+        assert_eq!(lines[at..at + 4], compare);
+        let back = ["pop rax", "add al,7Fh", "sahf", "pop rdx", "pop rax"];
+        assert_eq!(lines[old - 6..old - 1], back);
+        assert_eq!(lines[old..old + 5], back);
+        assert_eq!(lines[old + 5..], ["push rbp", "mov rbp,rsp", "nop", "jmp 0000000000001005h"]);
+        let registers = (1..=6).map(|n| KeyArgument::new(n).unwrap().to_rax());
+        let names: Vec<String> = registers
+            .map(|code| {
+                let mut line = String::new();
+                formatter.format(&Decoder::new(64, &code, DecoderOptions::NONE).decode(), &mut line);
+                line
+            })
+            .collect();
+        assert_eq!(names, ["rdi", "rsi", "rdx", "rcx", "r8", "r9"].map(|r| format!("mov rax,{r}")));
+        assert!(KeyArgument::new(0).is_none() && KeyArgument::new(7).is_none());
+    }
+
+    #[test]
+    fn keys_fall_evenly() {
+        for salt in [0, 1, 0xdead_beef_0000_0000] {
+            for step in [1u64, 8, 16, 4096] {
+                let below = (0..100_000).filter(|i| bucket(0x5555_5555_0000 + i * step, salt) < 1000).count();
+                // Ten in a hundred; four standard deviations are 380.
+                assert!((9_620..10_380).contains(&below), "salt {salt:#x}, step {step}: {below}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_bucket_is_a_share(key: u64, salt: u64) {
+            prop_assert!(bucket(key, salt) < WHOLE);
+        }
+    }
+}

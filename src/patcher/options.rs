@@ -1,0 +1,75 @@
+//! How to apply and revert.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use crate::patch::PatchFile;
+use crate::plan::beside::{self, Consistency};
+use crate::signature::Signed;
+
+/// A patch that only some calls run, chosen by a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Canary {
+    /// In 1/10,000.
+    pub share: u32,
+    /// Each function of the patch with the argument that is its key, counted from 1.
+    pub keys: Vec<(String, u8)>,
+}
+
+/// How to apply and revert.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long to try before giving up.
+    pub timeout: Duration,
+    /// The longest that threads are held in one attempt.
+    pub hold: Duration,
+    /// Go on although the process switches stacks by itself: `--allow contexts`.
+    pub allow_contexts: bool,
+    /// Go on although what the process may load later to unwind will know nothing of the patch: `--allow unwind`.
+    pub allow_unwind: bool,
+    /// What no thread may be inside of when the code switches.
+    pub consistency: Consistency,
+    /// What the patch's signature says, if that was looked at.
+    pub signed: Option<Signed>,
+    /// Only a share of the calls goes to the new code.
+    pub canary: Option<Canary>,
+    /// By when the patch is to be confirmed; the caller reverts it otherwise.
+    pub confirm_within: Option<Duration>,
+    /// Go on although the process has seen a patch of a higher revision: `--allow replay`.
+    pub allow_replay: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(5),
+            hold: Duration::from_millis(100),
+            allow_contexts: false,
+            allow_unwind: false,
+            consistency: Consistency::Stack,
+            signed: None,
+            canary: None,
+            confirm_within: None,
+            allow_replay: false,
+        }
+    }
+}
+
+impl Options {
+    /// What no thread may be inside of in an apply: with a canary old and new code run side by side from the first call on.
+    pub(super) fn of_apply(&self) -> Consistency {
+        if self.canary.is_some() {
+            Consistency::Entry
+        } else {
+            self.consistency.clone()
+        }
+    }
+
+    /// The patch with the entries that this asks for. The old functions that a canary leaves to old callers stay theirs.
+    pub(super) fn adapt<'p>(&self, patch: &'p PatchFile) -> Cow<'p, PatchFile> {
+        match self.canary {
+            Some(_) => Cow::Borrowed(patch),
+            None => beside::adapt(patch, &self.consistency),
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! What a use case did, or found.
+
+use serde::Serialize;
+
+use super::Inside;
+use crate::process::HoldTimes;
+
+/// What an apply or a revert did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The process.
+    pub pid: i32,
+    /// `apply` or `revert`.
+    pub action: &'static str,
+    /// The patch's name.
+    pub patch: String,
+    /// Whether there was nothing to do.
+    pub already: bool,
+    /// The functions replaced, or given back.
+    pub functions: Vec<String>,
+    /// How many entries were written.
+    pub entries: usize,
+    /// The longest that a running thread was held, in µs.
+    pub pause_us: f64,
+    /// The longest that a sleeping thread was held, in µs.
+    pub sleepers_us: f64,
+    /// How many threads there were.
+    pub threads: usize,
+    /// How many holds it took.
+    pub attempts: u32,
+    /// What went less well than it could.
+    pub warnings: Vec<String>,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckReport {
+    /// The process.
+    pub pid: i32,
+    /// The patch's name.
+    pub patch: String,
+    /// Whether it is applied already.
+    pub already: bool,
+    /// The functions that it would replace.
+    pub functions: Vec<String>,
+    /// How many entries it would write.
+    pub entries: usize,
+    /// What to expect.
+    pub warnings: Vec<String>,
+    /// Threads that are inside functions of the patch now: they would have to leave first.
+    pub inside: Vec<Inside>,
+    /// Threads that run, so that nobody can say where without stopping them.
+    pub running: usize,
+}
+
+impl Report {
+    pub(super) fn fill(&mut self, times: HoldTimes, attempts: u32) {
+        let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
+        (self.pause_us, self.sleepers_us) = (us(times.pause_ns), us(times.sleepers_ns));
+        (self.threads, self.attempts) = (times.threads, attempts);
+    }
+}
