@@ -135,13 +135,13 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
     let fix = write_patch(&recipe, &folder.join("fix.so"));
     let fix = fix.to_str().unwrap();
     let mut killed = 0;
-    for action in ["apply", "revert", "apply-again", "reclaim"] {
+    for action in ["apply", "revert", "apply-again", "reclaim", "canary"] {
         let mut place = begin(&old);
         let (mut at, mut here) = (1, 0);
         loop {
             let context = format!("{action} killed at stop {at}");
             // Each place is reached from the same state: nothing in the process, or the patch applied, or reverted.
-            if action != "apply" {
+            if !["apply", "canary"].contains(&action) {
                 place.run(&["apply", &place.pid, fix], &context);
                 assert_eq!(place.state(&context), "2002");
             }
@@ -151,6 +151,10 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
             let args = match action {
                 "revert" => vec!["revert", &place.pid],
                 "reclaim" => vec!["revert", &place.pid, "--reclaim"],
+                "canary" => {
+                    let keys = ["--canary", "100%", "--key", "answer:arg1", "--key", "plain:arg1"];
+                    [&["apply", &place.pid, fix][..], &keys].concat()
+                }
                 _ => vec!["apply", &place.pid, fix],
             };
             let (stops, ended) = traced(&args, Some(at));
@@ -170,7 +174,7 @@ fn a_tool_that_is_killed_anywhere_leaves_old_or_new() {
             }
             (killed, here) = (killed + 1, here + 1);
             at += step();
-            if action == "apply" {
+            if ["apply", "canary"].contains(&action) {
                 place = begin(&old);
             }
         }

@@ -81,7 +81,9 @@ impl Lead {
                 leads_here && r.mutable.state != State::Applied
             };
             let of_another = |(_, o): (&Found, &EntryRecord)| holds(&o.jump) || o.lead.as_ref().is_some_and(holds);
-            if e.by_stub(&there) {
+            // The entries of a canary are written first, while its share is zero.
+            let waits = !applied && found.payload.canary.is_some() && holds(&e.jump);
+            if waits || e.by_stub(&there) {
                 by_stub += 1;
                 *if applied { &mut new } else { &mut old } += 1;
             } else if e.is_given_back() {
@@ -216,7 +218,9 @@ impl Patcher {
     fn straighten(&mut self, found: &Found, options: &Options) -> Result<(), Error> {
         let applied = found.mutable.state == State::Applied;
         let edit = |e: &EntryRecord| {
-            let there = self.process.read_vec(e.at, e.jump.0.len() as u64).ok().filter(|there| e.by_stub(there))?;
+            let there = self.process.read_vec(e.at, e.jump.0.len() as u64).ok()?;
+            let waits = !applied && found.payload.canary.is_some() && there == e.jump.0;
+            (waits || e.by_stub(&there)).then_some(())?;
             let by_lead = e.lead.as_ref().is_some_and(|l| l.0 == there);
             let old = e.before.as_ref().filter(|_| by_lead).unwrap_or(&e.original);
             let new = if applied { &e.jump } else { old };

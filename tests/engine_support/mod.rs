@@ -222,6 +222,7 @@ pub fn write_patch(recipe: &Recipe<'_>, out: &Path) -> PathBuf {
         types: "not compared".into(),
         may_unwind: recipe.may_unwind,
         allowances: Vec::new(),
+        together: Some(Vec::new()),
         after: recipe.after.map(|fix| {
             let before = PatchFile::parse(&std::fs::read(fix).unwrap()).unwrap();
             After { name: before.manifest.name, digest: HexBytes(before.digest.to_vec()), before: Vec::new() }
