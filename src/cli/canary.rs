@@ -7,7 +7,8 @@ use livepatch::patcher::{Error, Patcher};
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
-use super::{fail, text, usage, worst, CanaryArgs};
+use super::args::CanaryArgs;
+use super::{fail, text, usage, worst};
 
 /// How often a followed file is read.
 const LOOK: Duration = Duration::from_millis(200);
@@ -24,19 +25,10 @@ pub fn main(args: &CanaryArgs) -> u8 {
         },
     };
     let Some(name) = words.pop() else { return usage("which patch, and what share? PID... NAME PERCENT") };
-    let pids: Result<Vec<i32>, _> = words.iter().map(|p| p.parse::<i32>().map_err(|_| p)).collect();
-    let pids = match pids {
+    let pids = match args.which.of_words(&words) {
         Ok(pids) => pids,
-        Err(p) => return usage(&format!("{p:?} is not a PID")),
+        Err(code) => return code,
     };
-    let pids = match args.which.pids(&pids) {
-        Ok(pids) => pids,
-        Err(e) => return usage(&e),
-    };
-    if pids.is_empty() {
-        eprintln!("livepatch: no process matches");
-        return 6;
-    }
     match (share, &args.follow) {
         (Some(share), _) => pids.into_iter().fold(0, |code, pid| worst(code, set(pid, &name, share, args.json))),
         (None, Some(file)) => follow(pids, &name, file, args.json),

@@ -8,7 +8,8 @@ use livepatch::process::{Pid, ProcessError};
 use livepatch::registry::State;
 use serde_json::json;
 
-use super::{fail, print_report, usage, worst, ConfirmArgs};
+use super::args::ConfirmArgs;
+use super::{fail, print_report, usage, worst};
 
 /// How often a patch is looked at: a read of the process's memory.
 const LOOK: Duration = Duration::from_millis(200);
@@ -19,19 +20,10 @@ const NOT_CONFIRMED: u8 = 5;
 /// `livepatch confirm PID... NAME`
 pub fn confirm(args: &ConfirmArgs) -> u8 {
     let Some((name, pids)) = args.words.split_last() else { return usage("which patch?") };
-    let pids: Result<Vec<i32>, _> = pids.iter().map(|p| p.parse::<i32>().map_err(|_| p)).collect();
-    let pids = match pids {
+    let pids = match args.which.of_words(pids) {
         Ok(pids) => pids,
-        Err(p) => return usage(&format!("{p:?} is not a PID")),
+        Err(code) => return code,
     };
-    let pids = match args.which.pids(&pids) {
-        Ok(pids) => pids,
-        Err(e) => return usage(&e),
-    };
-    if pids.is_empty() {
-        eprintln!("livepatch: no process matches");
-        return 6;
-    }
     let mut code = 0;
     for pid in pids {
         match Patcher::open(Pid(pid)).and_then(|mut p| p.confirm(name)) {

@@ -7,7 +7,8 @@ use livepatch::process::Pid;
 use livepatch::registry;
 use livepatch::symbols::{self, Core, SymbolFile};
 
-use super::{fail, SymbolsArgs};
+use super::args::SymbolsArgs;
+use super::fail;
 
 pub fn symbols(args: &SymbolsArgs) -> u8 {
     let found = match args.of.parse::<i32>() {

@@ -1,245 +1,22 @@
 //! Text in, text out, exit codes. Results go to stdout, messages to stderr.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::Parser;
 use livepatch::patch::PatchFile;
 use livepatch::patcher::{patched_processes, Canary, CheckReport, Error, Options, Patcher, Report};
-use livepatch::plan::beside::Consistency;
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
+use args::{Cli, Command, PatchArgs, RecoverArgs, RevertArgs, StatusArgs};
+
+mod args;
 mod canary;
 mod confirm;
 mod debug;
 mod policy;
 mod text;
-
-#[derive(Parser)]
-#[command(
-    name = "livepatch",
-    version,
-    about = "Patches a running Linux x86-64 process, and takes it back",
-    after_help = "Example:\n  patch-builder old-build new-build -o fix.so\n  livepatch apply 4711 fix.so\n  livepatch revert 4711\n\n\
-        Exit codes: 0 done, 1 error, 2 usage, 3 refused, 4 not quiescent before the timeout,\n\
-        6 no such process, no permission or another tracer"
-)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Would the patch apply now? Touches nothing.
-    #[command(after_help = "Example:\n  livepatch check 4711 fix.so")]
-    Check(PatchArgs),
-    /// Applies a patch.
-    #[command(
-        after_help = "Example:\n  livepatch apply 4711 fix.so --timeout 10s\n  livepatch apply --exe /usr/bin/gateway fix.so --json"
-    )]
-    Apply(PatchArgs),
-    /// Reverts the newest patch, or NAME if it is the newest, or all.
-    #[command(
-        after_help = "Example:\n  livepatch revert 4711\n  livepatch revert 4711 --all\n  livepatch revert 4711 --all --reclaim"
-    )]
-    Revert(RevertArgs),
-    /// What is applied; without PID, every patched process of this host.
-    #[command(after_help = "Example:\n  livepatch status\n  livepatch status 4711 --json")]
-    Status(StatusArgs),
-    /// Sets what share of the calls runs an applied canary.
-    #[command(
-        after_help = "Example:\n  livepatch apply 4711 fix.so --canary 1% --key handle_order:arg1\n  livepatch canary 4711 fix 25%\n  livepatch canary 4711 fix --follow /etc/gateway/canary"
-    )]
-    Canary(CanaryArgs),
-    /// Makes an applied patch permanent.
-    #[command(
-        after_help = "Example:\n  livepatch apply 4711 fix.so --confirm-within 10m &\n  livepatch confirm 4711 fix"
-    )]
-    Confirm(ConfirmArgs),
-    /// Finishes or undoes what an interrupted command left.
-    #[command(after_help = "Example:\n  livepatch recover 4711")]
-    Recover(RecoverArgs),
-    #[command(hide = true)]
-    Watch(Rest),
-    #[command(hide = true)]
-    Console(Rest),
-    /// Writes what gdb and perf need to name a patch's functions.
-    #[command(
-        after_help = "Example:\n  livepatch symbols 4711 > patch.gdb && gdb -p 4711 -x patch.gdb\n  livepatch symbols core > patch.gdb && gdb gateway core -x patch.gdb\n  livepatch symbols 4711 --perf > /tmp/perf-4711.map"
-    )]
-    Symbols(SymbolsArgs),
-}
-
-#[derive(Args)]
-struct Rest {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    _any: Vec<String>,
-}
-
-#[derive(Args)]
-struct Which {
-    /// Every process that runs this executable.
-    #[arg(long, value_name = "PATH")]
-    exe: Option<PathBuf>,
-    /// Every process that runs this build: as its executable, or as a library.
-    #[arg(long, value_name = "ID")]
-    build_id: Option<String>,
-}
-
-#[derive(Args)]
-struct Common {
-    /// How long to try, such as 5s or 500ms.
-    #[arg(long, default_value = "5s", value_parser = text::duration)]
-    timeout: Duration,
-    /// The longest that threads are held in one attempt.
-    #[arg(long, default_value = "100ms", value_parser = text::duration, hide = true)]
-    hold_deadline: Duration,
-    /// Results in JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args)]
-struct PatchArgs {
-    /// PIDs, then the patch file.
-    #[arg(required = true, value_name = "PID... FIX.so")]
-    words: Vec<String>,
-    #[command(flatten)]
-    which: Which,
-    #[command(flatten)]
-    common: Common,
-    /// Go on in spite of a rule; known: contexts, unwind, replay.
-    #[arg(long, value_name = "RULE")]
-    allow: Vec<String>,
-    /// Leave all processes as they were when one refuses: checks all before it applies, and reverts what it applied.
-    #[arg(long)]
-    all_or_none: bool,
-    #[command(flatten)]
-    inside: Inside,
-    #[command(flatten)]
-    signature: policy::SignatureArgs,
-    /// Only this share of the calls runs the patch, such as 10% or 0.5%; which, a key of each call decides.
-    #[arg(long, value_name = "PERCENT", value_parser = text::percent, requires = "key")]
-    canary: Option<u32>,
-    /// The key of a function's calls: one of its first six arguments, an integer or a pointer. Once for each function of the patch;
-    /// equal keys go the same way.
-    #[arg(long, value_name = "FUNC:argN", value_parser = text::key, requires = "canary")]
-    key: Vec<(String, u8)>,
-    /// Stays, and reverts the patch unless `livepatch confirm` has made it permanent by then.
-    #[arg(long, value_name = "TIME", value_parser = text::duration)]
-    confirm_within: Option<Duration>,
-    /// Holds from outside even where an agent is linked in: always so in this version.
-    #[arg(long)]
-    hold: bool,
-}
-
-/// What no thread may be inside of when the code switches.
-#[derive(Args)]
-struct Inside {
-    /// What no thread may be inside of: `stack`, any function of the patch; or `entry`, only the bytes that are written: calls that began
-    /// before go on in the code that they began in, beside the other.
-    #[arg(long, default_value = "stack", value_parser = ["stack", "entry"])]
-    consistency: String,
-    /// A function in which threads may stay, such as an event loop that never returns; as the report spells it.
-    #[arg(long, value_name = "FUNC")]
-    leave_running: Vec<String>,
-}
-
-impl Inside {
-    fn consistency(&self) -> Consistency {
-        match (self.consistency.as_str(), &self.leave_running[..]) {
-            ("entry", _) => Consistency::Entry,
-            (_, []) => Consistency::Stack,
-            (_, names) => Consistency::StackBut(names.to_vec()),
-        }
-    }
-}
-
-#[derive(Args)]
-struct RevertArgs {
-    /// PIDs, then perhaps the patch's name.
-    #[arg(value_name = "PID... [NAME]")]
-    words: Vec<String>,
-    /// Reverts all patches, the newest first.
-    #[arg(long)]
-    all: bool,
-    /// Then takes reverted patches out of the process's memory, once a scan of it shows that nothing leads there. Needs no patch
-    /// that is still applied.
-    #[arg(long)]
-    reclaim: bool,
-    #[command(flatten)]
-    inside: Inside,
-    #[command(flatten)]
-    which: Which,
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Args)]
-struct SymbolsArgs {
-    /// A process, or its core file.
-    #[arg(value_name = "PID|CORE")]
-    of: String,
-    /// Where the files go that gdb reads.
-    #[arg(long, value_name = "DIR", default_value = ".")]
-    dir: PathBuf,
-    /// Lines of a perf map in place of commands for gdb.
-    #[arg(long)]
-    perf: bool,
-}
-
-#[derive(Args)]
-struct CanaryArgs {
-    /// PIDs, the patch's name, and the share (not with --follow).
-    #[arg(required = true, value_name = "PID... NAME PERCENT")]
-    words: Vec<String>,
-    #[command(flatten)]
-    which: Which,
-    /// Stays, and sets what this file says whenever that changes: a number, with or without %.
-    #[arg(long, value_name = "FILE")]
-    follow: Option<PathBuf>,
-    /// Results in JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args)]
-struct ConfirmArgs {
-    /// PIDs, then the patch's name.
-    #[arg(required = true, value_name = "PID... NAME")]
-    words: Vec<String>,
-    #[command(flatten)]
-    which: Which,
-    /// Results in JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args)]
-struct RecoverArgs {
-    /// The processes.
-    #[arg(value_name = "PID")]
-    pids: Vec<i32>,
-    #[command(flatten)]
-    which: Which,
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Args)]
-struct StatusArgs {
-    /// The processes.
-    #[arg(value_name = "PID")]
-    pids: Vec<i32>,
-    #[command(flatten)]
-    which: Which,
-    /// Results in JSON.
-    #[arg(long)]
-    json: bool,
-}
 
 const USAGE: u8 = 2;
 
@@ -267,43 +44,6 @@ fn absent(command: &str) -> u8 {
 fn usage(message: &str) -> u8 {
     eprintln!("livepatch: {message}");
     USAGE
-}
-
-impl Which {
-    fn is_given(&self) -> bool {
-        self.exe.is_some() || self.build_id.is_some()
-    }
-
-    fn matches(&self, pid: i32) -> bool {
-        let exe = self.exe.as_ref().is_none_or(|path| {
-            let running = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-            // A file that was replaced shows with a mark.
-            let running = running.to_string_lossy().trim_end_matches(" (deleted)").to_owned();
-            let wanted = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-            Path::new(&running) == wanted
-        });
-        exe && self.build_id.as_ref().is_none_or(|id| Patcher::open(Pid(pid)).is_ok_and(|p| p.runs(id)))
-    }
-
-    /// The processes meant: those named, or all that match.
-    fn pids(&self, named: &[i32]) -> Result<Vec<i32>, String> {
-        if !self.is_given() {
-            return if named.is_empty() {
-                Err("which process? Give a PID, --exe or --build-id".into())
-            } else {
-                Ok(named.to_vec())
-            };
-        }
-        if !named.is_empty() {
-            return Err("give PIDs, or --exe or --build-id, not both".into());
-        }
-        let own = std::process::id().cast_signed();
-        let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-        let numbers = all.filter_map(|e| e.file_name().to_str()?.parse().ok());
-        let mut found: Vec<i32> = numbers.filter(|p| *p != own && self.matches(*p)).collect();
-        found.sort_unstable();
-        Ok(found)
-    }
 }
 
 /// An error about one process, on stderr and under `--json` on stdout.
@@ -335,9 +75,7 @@ fn read_patch(path: &str, json: bool) -> Result<(PatchFile, Vec<u8>), u8> {
 
 impl PatchArgs {
     fn parse(&self) -> Result<(Vec<i32>, PatchFile, Options), u8> {
-        let Some((file, pids)) = self.words.split_last() else { return Err(usage("which patch?")) };
-        let pids: Result<Vec<i32>, _> = pids.iter().map(|p| p.parse::<i32>().map_err(|_| p)).collect();
-        let pids = pids.map_err(|p| usage(&format!("{p:?} is not a PID")))?;
+        let Some((file, words)) = self.words.split_last() else { return Err(usage("which patch?")) };
         if let Some(rule) = self.allow.iter().find(|r| !["contexts", "unwind", "replay"].contains(&r.as_str())) {
             return Err(usage(&format!("--allow {rule}: no such rule; known: contexts, unwind, replay")));
         }
@@ -348,13 +86,9 @@ impl PatchArgs {
             eprintln!("livepatch: refused: --key session needs an agent that is linked into the process: give --key FUNC:argN");
             return Err(3);
         }
-        let pids = self.which.pids(&pids).map_err(|e| usage(&e))?;
+        let pids = self.which.of_words(words)?;
         let (patch, bytes) = read_patch(file, self.common.json)?;
         let signed = self.signature.check(Path::new(file), &bytes, self.common.json)?;
-        if pids.is_empty() {
-            eprintln!("livepatch: no process matches");
-            return Err(6);
-        }
         let options = Options {
             timeout: self.common.timeout,
             hold: self.common.hold_deadline,
@@ -481,14 +215,10 @@ fn revert(args: &RevertArgs) -> u8 {
     if args.all && name.is_some() {
         return usage("give a patch's name or --all, not both");
     }
-    let pids = match args.which.pids(&pids) {
+    let pids = match args.which.some(&pids) {
         Ok(pids) => pids,
-        Err(e) => return usage(&e),
+        Err(code) => return code,
     };
-    if pids.is_empty() {
-        eprintln!("livepatch: no process matches");
-        return 6;
-    }
     let options = Options {
         timeout: args.common.timeout,
         hold: args.common.hold_deadline,
