@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use livepatch::patcher::{Error, Patcher};
+use livepatch::patcher::{status_of, Error, Patcher};
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
@@ -93,7 +93,7 @@ fn follow(mut pids: Vec<i32>, name: &str, file: &Path, as_json: bool) -> u8 {
 }
 
 fn is_there(pid: i32, name: &str) -> bool {
-    match Patcher::open(Pid(pid)).and_then(|p| p.status()) {
+    match status_of(Pid(pid)) {
         Ok(status) => status.patches.iter().any(|p| p.patch == name && p.canary_percent.is_some()),
         Err(Error::Process(ProcessError::Gone(_))) => false,
         Err(_) => true,

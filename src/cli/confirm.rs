@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use livepatch::patch::{HexBytes, PatchFile};
-use livepatch::patcher::{Confirmed, Error, Options, Patcher};
+use livepatch::patcher::{status_of, Confirmed, Error, Options, Patcher};
 use livepatch::process::{Pid, ProcessError};
 use livepatch::registry::State;
 use serde_json::json;
@@ -44,7 +44,7 @@ enum Seen {
 }
 
 fn look(pid: i32, digest: &str) -> Result<Seen, Error> {
-    let status = Patcher::open(Pid(pid))?.status()?;
+    let status = status_of(Pid(pid))?;
     let applied = status.patches.iter().find(|p| p.digest == digest && p.state == State::Applied);
     Ok(match applied.and_then(|p| p.confirmation) {
         Some(Confirmed::Permanent) => Seen::Permanent,

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use livepatch::patch::PatchFile;
-use livepatch::patcher::{patched_processes, Canary, CheckReport, Error, Options, Patcher, Report};
-use livepatch::process::{Pid, ProcessError};
+use livepatch::patcher::{patched_processes, status_of, Canary, CheckReport, Error, Options, Patcher, Report};
+use livepatch::process::Pid;
 use serde_json::json;
 
 use args::{Cli, Command, PatchArgs, RecoverArgs, RevertArgs, StatusArgs};
@@ -294,12 +294,8 @@ fn status(args: &StatusArgs) -> u8 {
             Err(e) => return usage(&e),
         };
         for pid in pids {
-            match Patcher::open(Pid(pid)).and_then(|p| p.status()) {
+            match status_of(Pid(pid)) {
                 Ok(status) => list.push(status),
-                // A traced process is not ours to touch, but a failure all the same.
-                Err(e @ Error::Process(ProcessError::Traced { .. })) => {
-                    code = worst(code, fail(Some(pid), &e, args.json))
-                }
                 Err(e) => code = worst(code, fail(Some(pid), &e, args.json)),
             }
         }

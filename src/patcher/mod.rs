@@ -38,7 +38,7 @@ pub use options::{Canary, Options};
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
 pub use report::{CheckReport, Report};
-pub use status::{patched_processes, Confirmed, PatchStatus, ProcessStatus};
+pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus};
 
 /// How long an apply looks for a thread that registers unwind tables which nothing depends on.
 const MOMENT: Duration = Duration::from_millis(300);

@@ -1,5 +1,7 @@
 //! What is applied where.
 
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
 
 use super::recover::Entries;
@@ -170,14 +172,33 @@ impl Patcher {
     }
 }
 
+/// How long another command is waited for: it traces the process, and leaves it soon.
+const OTHER_COMMAND: Duration = Duration::from_secs(2);
+
+/// What is applied to a process; another livepatch command that is at work on it is waited for, a moment.
+///
+/// # Errors
+///
+/// As [`Patcher::open`] and [`Patcher::status`].
+pub fn status_of(pid: Pid) -> Result<ProcessStatus, Error> {
+    let until = Instant::now() + OTHER_COMMAND;
+    loop {
+        match Patcher::open(pid).and_then(|p| p.status()) {
+            Err(Error::Process(ProcessError::Busy { .. })) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Every process of this host that holds a patch, and how many could not be looked at for want of permission.
 #[must_use]
 pub fn patched_processes() -> (Vec<ProcessStatus>, usize) {
     let (mut out, mut hidden) = (Vec::new(), 0);
     let own = Pid(std::process::id().cast_signed());
     for pid in procfs::processes().into_iter().filter(|p| *p != own) {
-        let status = Patcher::open(pid).and_then(|p| p.status());
-        match status {
+        match status_of(pid) {
             Ok(s) if !s.patches.is_empty() => out.push(s),
             Err(Error::Process(crate::process::ProcessError::Permission { .. })) => hidden += 1,
             _ => {}
