@@ -321,7 +321,7 @@ fn check_live(f: &Fixture, old: &Path, fix: &Path) -> Result<(), String> {
     program.finish()
 }
 
-/// The patch exports exactly the expected hooks; the engine of today refuses it, by name.
+/// The patch exports exactly the expected hooks.
 fn check_hooks(f: &Fixture, fix: &Path) -> Result<(), String> {
     let inspected = support::run(Command::new(tool("patch-builder")).arg("inspect").arg(fix).arg("--json"));
     let report = inspected.expect_code(0)?.json()?;

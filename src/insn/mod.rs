@@ -79,6 +79,26 @@ pub fn jump_target(at: ProcAddr, bytes: [u8; 5]) -> Option<ProcAddr> {
 pub const CALL_STUB: [u8; 18] =
     [0xff, 0xd0, 0xb8, 0x27, 0, 0, 0, 0x0f, 0x05, 0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x0b];
 
+/// Where the thread of a hook begins, with the address of its words in `rdi`:
+///
+/// ```text
+/// 53                     push rbx
+/// 48 89 fb               mov  rbx, rdi
+/// ff 13                  call [rbx]              ; the hook
+/// 89 43 18               mov  [rbx+24], eax      ; what it returned
+/// ff 53 08               call [rbx+8]            ; pthread_self
+/// 48 89 c7               mov  rdi, rax
+/// ff 53 10               call [rbx+16]           ; pthread_detach
+/// c7 43 1c 01 00 00 00   mov  dword [rbx+28], 1  ; done
+/// 31 c0                  xor  eax, eax
+/// 5b                     pop  rbx
+/// c3                     ret
+/// ```
+pub const HOOK_STUB: [u8; 29] = [
+    0x53, 0x48, 0x89, 0xfb, 0xff, 0x13, 0x89, 0x43, 0x18, 0xff, 0x53, 0x08, 0x48, 0x89, 0xc7, 0xff, 0x53, 0x10, 0xc7,
+    0x43, 0x1c, 1, 0, 0, 0, 0x31, 0xc0, 0x5b, 0xc3,
+];
+
 /// Offset in [`CALL_STUB`] of its system call.
 pub const CALL_STUB_SYSCALL: u64 = 7;
 

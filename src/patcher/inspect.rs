@@ -121,8 +121,13 @@ impl Patcher {
         let mut noes = Noes::default();
         noes.ask(self.check_confinement())?;
         let manifest = &patch.manifest;
-        if let Some(hook) = manifest.hooks.first() {
-            noes.0.push(Refusal::Unsupported { what: format!("the hook {}", hook.symbol) });
+        let in_static = self.is_static(image)?;
+        if let Some(hook) = manifest.hooks.iter().find(|h| h.agent) {
+            noes.0
+                .push(Refusal::Unsupported { what: format!("an agent in the process, for the hook {}", hook.symbol) });
+        }
+        if let Some(hook) = manifest.hooks.first().filter(|_| in_static) {
+            noes.0.push(Refusal::Unsupported { what: format!("the hook {} in a static program", hook.symbol) });
         }
         if let Some(state) = manifest.states.first() {
             noes.0.push(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) });

@@ -7,7 +7,7 @@ use crate::image::Image;
 use crate::insn;
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
-use crate::patch::PatchFile;
+use crate::patch::{HookKind, PatchFile};
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, Pid, Process, ProcessError};
@@ -20,6 +20,7 @@ mod blame;
 mod canary;
 mod confirm;
 mod error;
+mod hooks;
 mod idle;
 mod inside;
 mod inspect;
@@ -30,6 +31,7 @@ mod report;
 mod rewrite;
 mod status;
 
+use hooks::{Hooked, Hooks};
 use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
@@ -203,7 +205,21 @@ impl Patcher {
                 ),
             }
         }
-        let mut retry = Retry::new(deadline, options.hold);
+        let hooks = Hooks { images: &self.images, maps: &self.maps, timeout: options.timeout };
+        let (payload, region) = (staged.payload().clone(), staged.region());
+        match hooks.run(staged.process(), &payload, region, HookKind::PreApply) {
+            Ok(None | Some(Hooked::Returned(0))) => {}
+            Ok(Some(Hooked::Returned(result))) => {
+                return Err(Refusal::Hook { symbol: HookKind::PreApply.symbol().into(), result }.into());
+            }
+            Ok(Some(Hooked::Late)) => {
+                // It runs in the mapping.
+                staged.set_led(true);
+                return Err(hooks::late(HookKind::PreApply));
+            }
+            Err(e) => return Err(e),
+        }
+        let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
         let (leads, windows) = (staged.leads().to_vec(), staged.windows());
         if !leads.is_empty() {
             staged.set_led(true);
@@ -211,7 +227,7 @@ impl Patcher {
         let led = place.rewrite(staged.process(), &leads, windows.clone(), &mut retry);
         let mut longest = match led {
             Ok(times) => times,
-            Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
+            Err(e) => return Err(take_back(&place, staged, &leads, &hooks, e)),
         };
         let watch = place.watch(relax(&consistency, staged.watched()));
         let committed = loop {
@@ -219,7 +235,7 @@ impl Patcher {
             let ready = ready.and_then(|()| Ok(StackMap::new(&staged.process().mappings()?)));
             let stacks = match ready {
                 Ok(stacks) => stacks,
-                Err(e) => return Err(take_back(&place, staged, &leads, options, e)),
+                Err(e) => return Err(take_back(&place, staged, &leads, &hooks, e)),
             };
             let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -237,7 +253,7 @@ impl Patcher {
                     staged = back;
                     let blocked = checker.into_blocked();
                     if let Err(e) = place.again(&mut retry, staged.process(), error, blocked) {
-                        return Err(take_back(&place, staged, &leads, options, e));
+                        return Err(take_back(&place, staged, &leads, &hooks, e));
                     }
                 }
             }
@@ -250,6 +266,8 @@ impl Patcher {
         }
         report.entries = committed.entries;
         report.fill(longest, retry.attempts);
+        let hooked = hooks.run(&mut self.process, &payload, region, HookKind::PostApply);
+        report.warnings.extend(hooks::said(HookKind::PostApply, hooked));
         Ok(report)
     }
 
@@ -286,7 +304,11 @@ impl Patcher {
         applied.may_revert(&options.consistency)?;
         applied.check_entries(&self.process)?;
         let place = Place::new(&self.process, &self.images, &self.maps, &patch);
-        let mut retry = Retry::new(deadline, options.hold);
+        let hooks = Hooks { images: &self.images, maps: &self.maps, timeout: options.timeout };
+        let (payload, region) = (applied.payload().clone(), applied.found().region);
+        let hooked = hooks.run(&mut self.process, &payload, region, HookKind::PreRevert);
+        report.warnings.extend(hooks::said(HookKind::PreRevert, hooked));
+        let mut retry = Retry::new(deadline.max(Instant::now() + options.timeout), options.hold);
         let (leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
         // From here on no call begins in the new code of a canary.
         let share = canary::close(&mut self.process, applied.found())?;
@@ -311,6 +333,8 @@ impl Patcher {
         }
         report.entries = reverted.entries;
         report.fill(longest, retry.attempts);
+        let hooked = hooks.run(&mut self.process, &payload, region, HookKind::PostRevert);
+        report.warnings.extend(hooks::said(HookKind::PostRevert, hooked));
         Ok(report)
     }
 
@@ -375,20 +399,27 @@ fn unless_ended<T>(pid: Pid, has_ended: impl Fn(Pid) -> bool, result: Result<T, 
     }
 }
 
-/// Takes the switch stubs out of the way of a patch that is not applied after all. Where that fails, its mapping stays,
-/// and calls go through it to the old code until a recovery.
+/// Takes the switch stubs out of the way of a patch that is not applied after all, and lets its hook undo what the one before the
+/// apply did. Where the former fails, its mapping stays, and calls go through it to the old code until a recovery.
 fn take_back(
     place: &Place<'_>,
     mut staged: Staged<'_, PtraceProcess>,
     leads: &[CodeEdit],
-    options: &Options,
+    hooks: &Hooks<'_>,
     error: Error,
 ) -> Error {
+    let (payload, region) = (staged.payload().clone(), staged.region());
     if !leads.is_empty() {
-        let retry = Retry::new(Instant::now() + options.timeout.max(Duration::from_secs(1)), options.hold);
+        let retry = Retry::new(Instant::now() + hooks.timeout.max(Duration::from_secs(1)), Duration::from_millis(100));
         let watched = staged.windows_and_stubs();
         let done = place.take_back(staged.process(), leads, watched, retry);
         staged.set_led(!done);
+    }
+    if payload.hooks.iter().any(|h| h.kind == HookKind::PreApply) {
+        let undone = hooks.run(staged.process(), &payload, region, HookKind::PostRevert);
+        if !matches!(undone, Ok(None | Some(Hooked::Returned(_)))) {
+            staged.set_led(true);
+        }
     }
     error
 }

@@ -248,7 +248,7 @@ impl Patcher {
         // Before the call: nobody may believe later that they are known, or unknown, and have it done twice.
         self.process.adopt(found.region);
         self.process.write_own(at, &record(Unwind::Registering))?;
-        let call = FunctionCall { stub: found.payload.stub, function, argument: table.start.0 };
+        let call = FunctionCall { stub: found.payload.stub, function, arguments: [table.start.0, 0, 0, 0] };
         if let Err(e) = self.process.call(call, &mut idle, deadline) {
             if matches!(e, ProcessError::NoIdleThread { .. }) {
                 self.process.write_own(at, &record(found.mutable.unwind))?;

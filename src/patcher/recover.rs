@@ -181,6 +181,7 @@ impl Patcher {
         for found in &records {
             let lead = self.lead(found, &records)?;
             if lead.is_unused(found) && found.mutable.unwind == Unwind::None {
+                self.no_hook_in(found)?;
                 self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
                 self.maps = self.process.mappings()?;
             }
@@ -197,6 +198,7 @@ impl Patcher {
         }
         match (found.mutable.state, lead.to) {
             (State::Staged, Entries::Old) if found.mutable.unwind == Unwind::None => {
+                self.no_hook_in(&found)?;
                 let deadline = Instant::now() + options.timeout;
                 self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
                 Ok(Outcome::Removed)
@@ -286,6 +288,7 @@ mod tests {
             beside: false,
             revision: None,
             canary: None,
+            hooks: Vec::new(),
             entries: vec![entry(AT), entry(AT + 16)],
             functions: Vec::new(),
         };

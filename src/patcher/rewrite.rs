@@ -64,6 +64,24 @@ impl<'a> Place<'a> {
         Ok(longest)
     }
 
+    /// Waits until a hold finds no thread in `watched`.
+    pub(super) fn look(
+        &self,
+        process: &mut PtraceProcess,
+        watched: Vec<Watched>,
+        retry: &mut Retry,
+    ) -> Result<(), Error> {
+        let watch = self.watch(watched);
+        loop {
+            let stacks = StackMap::new(&process.mappings()?);
+            retry.tables_if_wanted(process, self.images)?;
+            let mut checker = Checker::new(&watch, &stacks, retry.cfi.as_ref());
+            let Err(e) = rewrite(process, &[], retry.limits(), &mut checker) else { return Ok(()) };
+            let blocked = checker.into_blocked();
+            self.again(retry, process, e, blocked)?;
+        }
+    }
+
     /// Reverts as soon as no thread is in the way.
     pub(super) fn revert(
         &self,

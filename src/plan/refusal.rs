@@ -196,6 +196,14 @@ pub enum Refusal {
         /// What to do about it.
         remedy: String,
     },
+    /// The patch's own hook says no.
+    #[error("the hook {symbol} says no: it returned {result}")]
+    Hook {
+        /// Its symbol.
+        symbol: String,
+        /// What it returned.
+        result: i32,
+    },
     /// The patch can't be given to a share of the calls only.
     #[error("the patch can't be a canary: {why}")]
     Canary {
@@ -264,6 +272,7 @@ impl Refusal {
             Self::Damaged { .. } => "damaged",
             Self::NoUnwinder => "no-unwinder",
             Self::Import { .. } => "import",
+            Self::Hook { .. } => "hook",
             Self::Canary { .. } => "canary",
             Self::Replay { .. } => "replay",
             Self::InUse { .. } => "in-use",
@@ -310,6 +319,7 @@ impl Refusal {
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc); if no thread of it is cancelled and nothing throws through the patch, --allow unwind".into(),
             Self::Import { remedy, .. } => remedy.clone(),
+            Self::Hook { .. } => "ask whoever wrote the hook what this number means".into(),
             Self::Canary { .. } => "give each function of the patch its key (--key FUNC:argN), or apply it to all calls".into(),
             Self::Replay { .. } => "apply the newest patch; if it is meant to go back, --allow replay".into(),
             Self::InUse { .. } => "it does no harm where it is; try again later, or leave it".into(),

@@ -18,7 +18,7 @@ pub struct FakeProcess {
     regions: BTreeMap<ProcAddr, (Vec<u8>, Access)>,
     /// Its threads.
     pub threads: Vec<HeldThread>,
-    /// The functions that were called, with their argument.
+    /// The functions that were called, with their first argument.
     pub called: Vec<(ProcAddr, u64)>,
     /// Whether a failing write leaves half of its bytes.
     pub torn_writes: bool,
@@ -140,7 +140,7 @@ impl Process for FakeProcess {
         if !self.threads.iter().any(|t| idle.is_idle(t, self)) {
             return Err(ProcessError::NoIdleThread { pid: self.pid(), what: "call a function" });
         }
-        self.called.push((call.function, call.argument));
+        self.called.push((call.function, call.arguments[0]));
         Ok(())
     }
 

@@ -143,8 +143,8 @@ pub struct FunctionCall {
     pub stub: ProcAddr,
     /// The function.
     pub function: ProcAddr,
-    /// Its only argument.
-    pub argument: u64,
+    /// Its arguments; those that it does not have are ignored.
+    pub arguments: [u64; 4],
 }
 
 /// Limits of a hold.

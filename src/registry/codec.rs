@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use sha2::Digest;
 
 use crate::addr::{ProcAddr, ProcRange};
-use crate::patch::HexBytes;
+use crate::patch::{HexBytes, HookKind};
 
 const MARK: [u8; 16] = *b"livepatch-record";
 /// 1 had neither `before` nor `back`: a patch that took the place of another wrote all entries in one hold.
@@ -254,6 +254,18 @@ pub struct FunctionRecord {
     pub old: Option<OldRecord>,
 }
 
+/// A function of the patch that runs around an apply or a revert.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HookRecord {
+    /// Its symbol.
+    pub symbol: String,
+    /// When.
+    pub kind: HookKind,
+    /// Where.
+    pub at: ProcAddr,
+}
+
 /// How a canary tells calls apart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -291,6 +303,9 @@ pub struct Payload {
     /// How calls are told apart, if only a share of them goes to the new code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary: Option<CanaryRecord>,
+    /// Its hooks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<HookRecord>,
     /// The entry jumps.
     pub entries: Vec<EntryRecord>,
     /// The functions.
@@ -486,6 +501,7 @@ mod tests {
             beside: true,
             revision: None,
             canary: None,
+            hooks: Vec::new(),
             entries: vec![EntryRecord {
                 function: "f".into(),
                 at: ProcAddr(0x1000),

@@ -360,6 +360,12 @@ impl<'p, P: Process> Staged<'p, P> {
         self.process
     }
 
+    /// Its mapping.
+    #[must_use]
+    pub fn region(&self) -> ProcRange {
+        self.planned.layout.region
+    }
+
     /// The patch's record.
     #[must_use]
     pub fn payload(&self) -> &Payload {
@@ -389,7 +395,7 @@ impl<'p, P: Process> Staged<'p, P> {
         // Before the call: whoever finds this record later must not believe that the tables are unknown.
         self.mutable.unwind = Unwind::Registering;
         self.write_mutable()?;
-        let call = FunctionCall { stub: self.planned.layout.stub, function, argument: table.start.0 };
+        let call = FunctionCall { stub: self.planned.layout.stub, function, arguments: [table.start.0, 0, 0, 0] };
         if let Err(e) = self.process.call(call, idle, deadline) {
             if matches!(e, ProcessError::NoIdleThread { .. }) {
                 self.mutable.unwind = Unwind::None;

@@ -2,11 +2,11 @@
 
 use crate::addr::{LoadBias, ProcRange};
 use crate::maps::PAGE;
-use crate::patch::{HexBytes, PatchFile};
+use crate::patch::{HexBytes, Hook, PatchFile};
 use crate::plan::beside::Consistency;
 use crate::plan::sites::{Jump, Site, Written};
 use crate::plan::{Layout, OldFacts};
-use crate::registry::{EntryRecord, FunctionRecord, OldRecord, Payload, RangeRecord};
+use crate::registry::{EntryRecord, FunctionRecord, HookRecord, OldRecord, Payload, RangeRecord};
 use crate::stack::{Part, Watched};
 
 fn range_record(bias: LoadBias, at: crate::addr::ImageAddr, len_bytes: u64) -> Option<RangeRecord> {
@@ -37,7 +37,10 @@ pub(super) fn payload(patch: &PatchFile, layout: &Layout, bias: LoadBias, facts:
         None => None,
         Some((at, len_bytes)) => Some(ProcRange::new(layout.base.checked_add(at)?, len_bytes)?.into()),
     };
+    let hook =
+        |h: &Hook| Some(HookRecord { symbol: h.symbol.clone(), kind: h.kind, at: layout.base.checked_add(h.at)? });
     Some(Payload {
+        hooks: manifest.hooks.iter().map(hook).collect::<Option<_>>()?,
         patch: manifest.name.clone(),
         digest: HexBytes(patch.digest.to_vec()),
         build_id: manifest.target.build_id.clone(),

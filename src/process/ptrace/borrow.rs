@@ -268,13 +268,17 @@ impl PtraceProcess {
     }
 
     /// Lets the borrowed thread run to its next system-call stop.
-    fn to_syscall_stop(&self, thread: Stopped) -> Result<Stopped, ProcessError> {
+    fn run_to_syscall(&mut self, thread: Stopped) -> Result<Stopped, ProcessError> {
         let mut running = thread.resume_to_syscall();
         loop {
             // Without an alarm this waits as long as it takes: a thread that is on its way cannot be given up.
             match running.wait(Instant::now()) {
                 Waited::Stopped(s) if s.stop() == Stop::Syscall => return Ok(s),
-                Waited::Stopped(s) => running = s.resume_to_syscall(),
+                Waited::Stopped(s) => {
+                    // What a function that we call makes is traced, too, and waits for us.
+                    self.lingering.extend(s.born().map(Running::inherited));
+                    running = s.resume_to_syscall();
+                }
                 Waited::Gone => return Err(ProcessError::Gone(self.pid)),
                 Waited::Late(r) => running = r,
             }
@@ -324,11 +328,12 @@ impl PtraceProcess {
     }
 
     fn one_call(
-        &self,
+        &mut self,
         mut borrowed: Borrowed,
         call: RemoteCall,
     ) -> Result<(Borrowed, Result<(), ProcessError>), ProcessError> {
-        let failed = |e| ProcessError::from_os(self.pid, "set registers of", e);
+        let pid = self.pid;
+        let failed = |e| ProcessError::from_os(pid, "set registers of", e);
         let (name, number, args, expected) = arguments(call);
         let mut regs = borrowed.foreign();
         regs.rip = borrowed.gadgets.syscall_ret.0;
@@ -336,8 +341,8 @@ impl PtraceProcess {
         regs.rax = number as u64;
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
         sys::set_registers(borrowed.thread.tid().0, &regs).map_err(failed)?;
-        borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
-        borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
+        borrowed.thread = self.run_to_syscall(borrowed.thread)?;
+        borrowed.thread = self.run_to_syscall(borrowed.thread)?;
         let rax = borrowed.thread.raw_registers().map_err(failed)?.rax;
         let outcome = match rax.cast_signed() {
             e @ -4095..=-1 => {
@@ -369,18 +374,20 @@ impl PtraceProcess {
         regs.rsp = borrowed.frame.context();
         regs.rip = call.stub.0;
         regs.rax = call.function.0;
-        regs.rdi = call.argument;
+        [regs.rdi, regs.rsi, regs.rdx, regs.rcx] = call.arguments;
         sys::set_registers(borrowed.thread.tid().0, &regs).map_err(failed(pid))?;
         let back = call.stub.0 + CALL_STUB_SYSCALL + SYSCALL.len() as u64;
         // The function's own system calls stop, too; only the stub's tells that it has returned.
         loop {
-            borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
+            borrowed.thread = self.run_to_syscall(borrowed.thread)?;
             if borrowed.thread.raw_registers().map_err(failed(pid))?.rip == back {
                 break;
             }
         }
-        borrowed.thread = self.to_syscall_stop(borrowed.thread)?;
-        self.give_back(borrowed)
+        borrowed.thread = self.run_to_syscall(borrowed.thread)?;
+        self.give_back(borrowed)?;
+        self.release_born();
+        Ok(())
     }
 
     /// Writes by PTRACE_POKETEXT on a thread borrowed for it.

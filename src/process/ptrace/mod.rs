@@ -119,6 +119,12 @@ impl PtraceProcess {
         }
     }
 
+    /// Lets threads go that were born traced and could not be stopped at once.
+    pub fn release_born(&mut self) {
+        let born = std::mem::take(&mut self.lingering);
+        self.release_running(born);
+    }
+
     /// Writes by PTRACE_POKETEXT from now on, as on kernels whose /proc/PID/mem does not write code: for tests.
     pub fn without_proc_mem(&mut self) {
         self.poke_only = true;
