@@ -42,6 +42,9 @@ pub use recover::{Outcome, Recovered};
 pub use report::{CheckReport, Report};
 pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus};
 
+/// How long a process may take to become another program.
+const IN_EXEC: Duration = Duration::from_millis(100);
+
 /// How long an apply looks for a thread that registers unwind tables which nothing depends on.
 const MOMENT: Duration = Duration::from_millis(300);
 
@@ -95,6 +98,18 @@ impl Patcher {
     ///
     /// There is no such process, or we may not.
     pub fn open(pid: Pid) -> Result<Self, Error> {
+        let until = Instant::now() + IN_EXEC;
+        loop {
+            let opened = Self::open_now(pid)?;
+            // In the middle of exec it has no program; and what was opened belongs to the one before.
+            if Instant::now() >= until || !matches!(opened.executable(), Err(Error::Refused { .. })) {
+                return Ok(opened);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn open_now(pid: Pid) -> Result<Self, Error> {
         let process = match PtraceProcess::open(pid) {
             Err(e) if !matches!(e, ProcessError::KernelThread(_)) => {
                 unless_ended(pid, procfs::has_ended, Err(e.into()))
