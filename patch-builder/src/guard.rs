@@ -2,10 +2,10 @@
 //! types: initial values and sizes of data, thread-locals, constructors, and
 //! functions that were folded into one.
 
-use crate::build::{demangle, DynKind, FuncId, ObjId, Object};
+use crate::build::{demangle, FuncId, ObjId, Object};
 use crate::compare::{Comparer, LineProof};
 use crate::diff::Diff;
-use crate::lift::{resolve, Target};
+use crate::lift::Target;
 use crate::pairing::Pairing;
 use crate::report::Refusal;
 use crate::side::Side;
@@ -104,25 +104,7 @@ impl<'d> Guard<'_, 'd> {
     }
 
     fn constructors(&mut self, diff: &Diff) {
-        let list = |side: &Side<'d>| -> Vec<Target<'d>> {
-            let arrays = side.build.sections.iter().filter(|s| {
-                [".init_array", ".fini_array", ".preinit_array", ".ctors", ".dtors"]
-                    .iter()
-                    .any(|n| s.name.starts_with(n))
-            });
-            let mut out = Vec::new();
-            for s in arrays {
-                for at in (s.addr..s.addr + s.size).step_by(8) {
-                    let value = match side.build.dynamic.get(&at).map(|r| r.kind) {
-                        Some(DynKind::Relative(to)) => to,
-                        _ => side.build.bytes(at, 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes),
-                    };
-                    out.push(resolve(&side.build, value, None));
-                }
-            }
-            out
-        };
-        let (a, b) = (list(self.old), list(self.new));
+        let (a, b) = (self.old.start_up(), self.new.start_up());
         const REMEDY: &str = "start-up code has run already and will not run again: leave it as it was, or restart";
         if a.len() != b.len() {
             let message =
@@ -130,13 +112,18 @@ impl<'d> Guard<'_, 'd> {
             self.refuse("constructor", "init_array", message, REMEDY);
             return;
         }
-        for (x, y) in a.into_iter().zip(b) {
+        for (x, y) in a.into_iter().zip(b.iter().copied()) {
             let name = crate::compare::describe(self.old, x);
-            let changed = match x {
-                Target::Func(f, _) => diff.changed.contains_key(&f),
-                _ => false,
+            let (changed, elsewhere) = match x {
+                // They have run, so that another order is no matter.
+                Target::Func(f, _) => {
+                    let pair = self.pairing.func_pair(f);
+                    let moved = pair.is_some_and(|g| y != Target::Func(g, 0) && b.contains(&Target::Func(g, 0)));
+                    (diff.changed.contains_key(&f), moved)
+                }
+                _ => (false, false),
             };
-            if changed || !self.comparer.targets(x, y, crate::lift::Access::Extent) {
+            if changed || !elsewhere && !self.comparer.targets(x, y, crate::lift::Access::Extent) {
                 self.refuse("constructor", &name, "{} runs at start-up and changed".into(), REMEDY);
             }
         }

@@ -28,6 +28,7 @@ pub fn pair<'d>(old: &Side<'d>, new: &Side<'d>) -> Pairing {
     let kin = (Kins::new(&names_of(old), &mut names), Kins::new(&names_of(new), &mut names));
     let functions = Functions::new(old, new, &kin, &names);
     functions.exact(&mut pairing);
+    functions.start_up(&mut pairing);
     let (mut objects, mut locals) = (Names::default(), Names::default());
     let data = Variables::new(old, new, &old.build.objects, &new.build.objects, &mut objects, |t| match t {
         Target::Object(id, _) => Some(id),

@@ -2,7 +2,7 @@
 //! form and the places at which code refers to unnamed data.
 
 use crate::build::{Build, DynKind, FuncId, ObjId};
-use crate::lift::{lift_all, Access, Lifted, Target};
+use crate::lift::{lift_all, resolve, Access, Lifted, Target};
 
 /// One of the two builds.
 pub struct Side<'d> {
@@ -182,6 +182,20 @@ impl<'d> Side<'d> {
             relocs: &build.relocs[build.relocs.partition_point(|r| r.at < from)..],
             dynamic: &build.dynamic_at[build.dynamic_at.partition_point(|at| *at < from)..],
         }
+    }
+
+    /// What runs at start-up and at the end, in the order of the arrays that say so.
+    #[must_use]
+    pub fn start_up(&self) -> Vec<Target<'d>> {
+        const ARRAYS: [&str; 5] = [".init_array", ".fini_array", ".preinit_array", ".ctors", ".dtors"];
+        let build = &self.build;
+        let arrays = build.sections.iter().filter(|s| ARRAYS.iter().any(|n| s.name.starts_with(n)));
+        let places = arrays.flat_map(|s| (s.addr..s.addr + s.size).step_by(8));
+        let value = |at: u64| match build.dynamic.get(&at).map(|r| r.kind) {
+            Some(DynKind::Relative(to)) => to,
+            _ => build.bytes(at, 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes),
+        };
+        places.map(|at| resolve(build, value(at), None)).collect()
     }
 
     /// Every address that data or code holds.

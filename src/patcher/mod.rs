@@ -244,7 +244,9 @@ impl Patcher {
             Ok(times) => times,
             Err(e) => return Err(take_back(&place, staged, &leads, &hooks, e)),
         };
-        let watch = place.watch(relax(&consistency, staged.watched()));
+        // A thread in the stub of a canary goes one way or the other, whatever the share is by then.
+        let watched = if options.canary.is_some() { Vec::new() } else { relax(&consistency, staged.watched()) };
+        let watch = place.watch(watched);
         let committed = loop {
             let ready = retry.tables_if_wanted(staged.process(), &self.images);
             let ready = ready.and_then(|()| Ok(StackMap::new(&staged.process().mappings()?)));
@@ -315,7 +317,7 @@ impl Patcher {
         let mut report = self.report("revert", &newest.payload.patch);
         let patch = newest.payload.patch.clone();
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
-        let applied = Applied::new(newest)?;
+        let mut applied = Applied::new(newest)?;
         applied.may_revert(&options.consistency)?;
         applied.check_entries(&self.process)?;
         let place = Place::new(&self.process, &self.images, &self.maps, &patch);
@@ -324,9 +326,12 @@ impl Patcher {
         let hooked = hooks.run(&mut self.process, &payload, region, HookKind::PreRevert);
         report.warnings.extend(hooks::said(HookKind::PreRevert, hooked));
         let mut retry = Retry::new(deadline.max(Instant::now() + options.timeout), options.hold);
-        let (leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
-        // From here on no call begins in the new code of a canary.
+        let (mut leads, rest, windows) = (applied.leads().to_vec(), applied.rest(), applied.windows());
+        // From here on no call begins in the new code of a canary: so its entries may go first, and nobody is in the stubs by and by.
         let share = canary::close(&mut self.process, applied.found())?;
+        if share.is_some() {
+            leads = applied.give_back();
+        }
         let led = place.rewrite(&mut self.process, &leads, windows.clone(), &mut retry);
         let held = led
             .and_then(|times| Ok((times, place.revert(&mut self.process, applied, &options.consistency, &mut retry)?)));

@@ -116,6 +116,14 @@ impl Applied {
         windows(&self.found.payload).chain(stubs(&self.found.payload)).collect()
     }
 
+    /// The edits that put the original bytes back, for a patch that they change nothing for: a canary whose share is zero. They are to be
+    /// written before the revert, which then writes its record only.
+    #[must_use]
+    pub fn give_back(&mut self) -> Vec<CodeEdit> {
+        self.leads.clear();
+        std::mem::take(&mut self.edits)
+    }
+
     /// Leaves out the entries that do not lead into the patch, and gives up the switch stubs: a command died between
     /// two entries, so that no word tells where they lead. What is left is written back in one hold.
     pub fn keep_written<M: ReadMemory + ?Sized>(&mut self, memory: &M) {
@@ -147,7 +155,7 @@ impl Applied {
         let record = RecordEdit::reverted(&self.found);
         let edits = if self.leads.is_empty() { &*self.edits } else { &[] };
         match hold_and_swap(process, limits, check, edits, &[record]) {
-            Ok(times) => Ok(Reverted { times, entries: self.edits.len() }),
+            Ok(times) => Ok(Reverted { times, entries: self.found.payload.jumps() }),
             Err(e) => Err(Box::new((self, e))),
         }
     }

@@ -102,6 +102,23 @@ impl<'a, 'd> Functions<'a, 'd> {
         }
     }
 
+    /// Start-up functions of one name (compilers name them after the last part of a file's path): by their places in the array that runs
+    /// them. A wrong guess finds other bodies, and is refused.
+    pub fn start_up(&self, pairing: &mut Pairing) {
+        let (olds, news) = (self.old.start_up(), self.new.start_up());
+        if olds.len() != news.len() {
+            return;
+        }
+        for (x, y) in olds.into_iter().zip(news) {
+            let (Target::Func(f, 0), Target::Func(g, 0)) = (x, y) else { continue };
+            let name = |side: &Side<'d>, id| side.build.func(id).names.first().map(|n| n.text);
+            let free = pairing.func_pair(f).is_none() && pairing.func_olds(g).is_empty();
+            if free && name(self.old, f) == name(self.new, g) {
+                pairing.set_func(f, g);
+            }
+        }
+    }
+
     /// What exact names left: numbered names, several copies of one name, names whose hashes differ.
     pub fn families(&self, pairing: &mut Pairing) {
         for (families, with_file) in self.families.iter().zip([true, false]) {
