@@ -114,17 +114,21 @@ impl<'d> Guard<'_, 'd> {
         }
         for (x, y) in a.into_iter().zip(b.iter().copied()) {
             let name = crate::compare::describe(self.old, x);
-            let (changed, elsewhere) = match x {
-                // They have run, so that another order is no matter.
+            let (changed, moved) = match x {
                 Target::Func(f, _) => {
-                    let pair = self.pairing.func_pair(f);
-                    let moved = pair.is_some_and(|g| y != Target::Func(g, 0) && b.contains(&Target::Func(g, 0)));
-                    (diff.changed.contains_key(&f), moved)
+                    let pair = self.pairing.func_pair(f).map(|g| Target::Func(g, 0));
+                    (diff.changed.contains_key(&f), pair.is_some_and(|g| y != g && b.contains(&g)))
                 }
                 _ => (false, false),
             };
-            if changed || !elsewhere && !self.comparer.targets(x, y, crate::lift::Access::Extent) {
-                self.refuse("constructor", &name, "{} runs at start-up and changed".into(), REMEDY);
+            if changed || !self.comparer.targets(x, y, crate::lift::Access::Extent) {
+                // Equal code in another order may leave other data behind.
+                let what = if moved && !changed {
+                    "runs in another order at start-up"
+                } else {
+                    "runs at start-up and changed"
+                };
+                self.refuse("constructor", &name, format!("{{}} {what}"), REMEDY);
             }
         }
     }

@@ -232,7 +232,12 @@ impl Patcher {
                 staged.set_led(true);
                 return Err(hooks::late(HookKind::PreApply));
             }
-            Err(e) => return Err(e),
+            Err(e) => {
+                // Unless it is sure that no thread was made for it, one may run in the mapping.
+                let sure = matches!(e, Error::Refused { .. } | Error::Process(ProcessError::NoIdleThread { .. }));
+                staged.set_led(!sure);
+                return Err(e);
+            }
         }
         let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
         let (leads, windows) = (staged.leads().to_vec(), staged.windows());
@@ -338,10 +343,11 @@ impl Patcher {
         let (mut longest, reverted) = match held {
             Ok(done) => done,
             Err(e) => {
-                // What stays leads to the new code as before.
-                canary::reopen(&mut self.process, share)?;
+                // What stays leads to the new code as before: a canary once all its entries do, or some functions of it would run alone.
                 let retry = Retry::new(Instant::now() + options.timeout, options.hold);
-                place.take_back(&mut self.process, &leads, windows, retry);
+                if place.take_back(&mut self.process, &leads, windows, retry) {
+                    canary::reopen(&mut self.process, share)?;
+                }
                 return Err(e);
             }
         };

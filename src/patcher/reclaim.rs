@@ -331,10 +331,10 @@ fn look_through(
     Ok(total)
 }
 
-/// Whether the process may have written there: it need not be writable any more.
+/// Whether the process may have written there: what is its own need not be writable any more.
 fn is_writable_once(m: &Mapping) -> bool {
     let of_kernel = m.name.starts_with("[v") || m.name == "[uprobes]";
-    (m.write || m.inode == 0) && !of_kernel
+    (m.write || !m.shared) && !of_kernel
 }
 
 fn name(m: &Mapping) -> &str {
