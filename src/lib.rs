@@ -28,6 +28,8 @@ pub mod patch;
 pub mod signature;
 
 #[cfg(feature = "engine")]
+pub mod agent;
+#[cfg(feature = "engine")]
 pub mod elf;
 #[cfg(feature = "engine")]
 pub mod image;

@@ -1,0 +1,3 @@
+//! Inside the process: an agent that patches the program it is linked into, and what commands say to it.
+
+pub mod wire;

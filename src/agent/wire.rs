@@ -1,0 +1,1 @@
+//! What commands and agents say to each other: frames over a Unix socket.
