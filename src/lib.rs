@@ -55,6 +55,8 @@ pub mod registry;
 pub mod scan;
 #[cfg(feature = "engine")]
 pub mod stack;
+#[cfg(feature = "agent")]
+pub mod switch;
 #[cfg(feature = "engine")]
 pub mod symbols;
 #[cfg(feature = "engine")]

@@ -214,6 +214,16 @@ impl StackCheck for Checker<'_> {
 }
 
 impl NotClear {
+    /// The function that it is in, or may be in, if that can be told.
+    #[must_use]
+    pub fn function(&self) -> Option<&str> {
+        match &self.why {
+            Why::Inside { function } => Some(function),
+            Why::Unproven { function, .. } => function.as_deref(),
+            Why::TablesWanted => None,
+        }
+    }
+
     /// The thread.
     #[must_use]
     pub fn tid(&self) -> Tid {

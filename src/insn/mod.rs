@@ -8,7 +8,7 @@ mod canary;
 mod stub;
 
 pub use canary::{bucket, canary_stub, KeyArgument, ShareWords, CANARY_BYTES, WHOLE};
-pub use stub::{original_thunk, switch_stub, StubError, Way, OVERWRITTEN, STUB_BYTES};
+pub use stub::{original_thunk, second_way, switch_stub, StubError, SwitchStub, Way, OVERWRITTEN, STUB_BYTES};
 
 /// An instruction that we write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

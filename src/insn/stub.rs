@@ -33,6 +33,15 @@ pub const STUB_BYTES: u64 = 128;
 /// Bytes of old code that are enough to move what an entry jump overwrites: it ends inside the last instruction.
 pub const OVERWRITTEN: usize = 5 + 14;
 
+/// How a stub begins: up to where the word is.
+const START: [u8; 8] = [0x48, 0x8d, 0x64, 0x24, 0x80, 0x9c, 0x83, 0x3d];
+
+/// Flags and stack pointer as they were.
+const BACK: [u8; 9] = [0x9d, 0x48, 0x8d, 0xa4, 0x24, 0x80, 0, 0, 0];
+
+/// Where the first way begins: behind the comparison, the branch and [`BACK`].
+const FIRST_WAY: usize = START.len() + 4 + 1 + 2 + BACK.len();
+
 /// Why overwritten instructions cannot be moved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -68,6 +77,15 @@ pub enum Way<'c> {
     On(&'c [u8]),
 }
 
+/// A switch stub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwitchStub {
+    /// Its code.
+    pub code: Vec<u8>,
+    /// Where its two ways begin, registers and flags as at its own beginning: whoever goes on there goes that way.
+    pub ways: [ProcAddr; 2],
+}
+
 /// The stub at `at` for the entry jump at `entry`: the first way while the word at `word` is `applied`, else the other.
 ///
 /// # Errors
@@ -78,28 +96,28 @@ pub fn switch_stub(
     (word, applied): (ProcAddr, u8),
     entry: ProcAddr,
     ways: [Way<'_>; 2],
-) -> Result<Vec<u8>, StubError> {
-    const BACK: [u8; 9] = [0x9d, 0x48, 0x8d, 0xa4, 0x24, 0x80, 0, 0, 0];
+) -> Result<SwitchStub, StubError> {
     let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
     let relative = |end: u64, to: ProcAddr| {
         let distance = i128::from(to.0) - i128::from(end);
         i32::try_from(distance).map(i32::to_le_bytes).map_err(|_| far("more than 2 GiB away"))
     };
-    let mut out = vec![0x48, 0x8d, 0x64, 0x24, 0x80, 0x9c, 0x83, 0x3d];
+    let mut out = START.to_vec();
     out.extend(relative(at.0 + out.len() as u64 + 5, word)?);
     out.push(applied);
     let branch = out.len();
     out.extend([0x75, 0]);
+    let mut begins = [at; 2];
     for (i, way) in ways.into_iter().enumerate() {
         out.extend(BACK);
+        begins[i] = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
         match way {
             Way::To(to) => {
                 out.push(0xe9);
                 out.extend(relative(at.0 + out.len() as u64 + 4, to)?);
             }
             Way::On(code) => {
-                let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
-                out.extend(original_thunk(thunk, entry, code)?);
+                out.extend(original_thunk(begins[i], entry, code)?);
             }
         }
         if i == 0 {
@@ -110,7 +128,19 @@ pub fn switch_stub(
     if out.len() as u64 > STUB_BYTES {
         return Err(far("it needs too much room"));
     }
-    Ok(out)
+    Ok(SwitchStub { code: out, ways: begins })
+}
+
+/// Where the second way of the stub at `at` begins, if `code` is a stub whose first way is to a function.
+#[must_use]
+pub fn second_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
+    const JUMP: usize = 5;
+    let first = FIRST_WAY + JUMP;
+    let is_stub = code.starts_with(&START)
+        && code.get(FIRST_WAY - BACK.len()..FIRST_WAY)? == BACK
+        && code.get(FIRST_WAY) == Some(&0xe9)
+        && code.get(first..first + BACK.len())? == BACK;
+    at.checked_add((first + BACK.len()) as u64).filter(|_| is_stub)
 }
 
 /// A copy at `at` of the instructions that an entry jump at `entry` overwrites, which goes on in the old function.
@@ -255,7 +285,10 @@ mod tests {
         let stub =
             switch_stub(at, (ProcAddr(0x8048), 2), ProcAddr(0x1000), [Way::To(ProcAddr(0xa000)), Way::On(&code)])
                 .unwrap();
-        let lines = text(&stub, at.0);
+        let lines = text(&stub.code, at.0);
+        assert_eq!(stub.ways.map(|w| w.0), [0x9018, 0x9026]);
+        assert_eq!(second_way(at, &stub.code), Some(stub.ways[1]));
+        assert_eq!(second_way(at, &stub.code[1..]), None);
         assert_eq!(
             lines,
             [

@@ -49,6 +49,12 @@ pub enum Error {
     /// The entries could not be written.
     #[error(transparent)]
     Swap(SwapError),
+    /// It can't be done from inside the process; nothing was changed.
+    #[error("it takes a hold from outside: {why}")]
+    Outside {
+        /// Why.
+        why: String,
+    },
 }
 
 impl From<ProcessError> for Error {
@@ -90,7 +96,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Refused { .. } | Self::RefusedFor(_) => 3,
+            Self::Refused { .. } | Self::RefusedFor(_) | Self::Outside { .. } => 3,
             Self::NotQuiescent(_) | Self::Process(ProcessError::NoIdleThread { .. }) => 4,
             Self::Process(
                 ProcessError::Gone(_)

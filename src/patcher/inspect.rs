@@ -11,6 +11,7 @@ use crate::link::{LinkError, Scope};
 use crate::maps::PAGE;
 use crate::memory::ReadMemory;
 use crate::patch::{in_chain, HexBytes, PatchFile, STACK_SWITCHES};
+use crate::plan::sites::Switch;
 use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
@@ -181,7 +182,9 @@ impl Patcher {
             let same = r.payload.jumps() == entered.count() + manifest.redirects.len();
             let keys = |c: &CanaryRecord| c.keys.clone();
             let alike = r.payload.canary.as_ref().map(keys) == options.canary.as_ref().map(|c| c.keys.clone());
-            r.payload.digest.0 == patch.digest && usable && same && alike
+            // What was applied from outside may have no stubs for a switch from inside.
+            let stubs = !self.by_threads || r.payload.entries.iter().all(|e| e.lead.is_some());
+            r.payload.digest.0 == patch.digest && usable && same && alike && stubs
         };
         let earlier = records.iter().find(known);
         let planned = match earlier {
@@ -189,7 +192,9 @@ impl Patcher {
             None => {
                 let canary = options.canary.as_ref().map(with_salt).transpose()?;
                 let target = Target { links, range: image.range };
-                Planned::new(patch, &target, &self.maps, &facts, replaced, canary.as_ref())?
+                let word = if self.by_threads { Switch::Threads } else { Switch::All };
+                let how = canary.as_ref().map_or(word, Switch::Canary);
+                Planned::new(patch, &target, &self.maps, &facts, replaced, how)?
             }
         };
         let planned = planned.of_revision(options.signed.as_ref().and_then(|s| s.revision));
@@ -262,8 +267,8 @@ impl Patcher {
         let pid = self.process.pid();
         let os = |e| ProcessError::from_os(pid, "read /proc/PID/status", e);
         let status = Status::of(pid).map_err(os)?;
-        // Filters can be looked at, and suspended, with CAP_SYS_ADMIN only.
-        if status.seccomp != 0 && !procfs::may_administer() {
+        // Filters can be looked at, and suspended, with CAP_SYS_ADMIN only. From inside, the calls are made, and fail or not.
+        if status.seccomp != 0 && !self.by_threads && !procfs::may_administer() {
             return Err(Refusal::Seccomp { mode: status.seccomp }.into());
         }
         if status.shadow_stack {

@@ -30,6 +30,8 @@ mod recover;
 mod report;
 mod rewrite;
 mod status;
+#[cfg(feature = "agent")]
+mod within;
 
 use hooks::{Hooked, Hooks};
 use rewrite::{longer, Place};
@@ -39,7 +41,7 @@ pub use inside::Inside;
 pub use options::{Canary, Options};
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
-pub use report::{CheckReport, Report};
+pub use report::{CheckReport, Report, Within};
 pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus};
 
 /// How long a process may take to become another program.
@@ -89,6 +91,8 @@ pub struct Patcher {
     process: PtraceProcess,
     maps: Vec<Mapping>,
     images: Vec<Image>,
+    /// From inside, each thread switches for itself.
+    by_threads: bool,
 }
 
 impl Patcher {
@@ -125,7 +129,7 @@ impl Patcher {
         for i in images.iter_mut().filter(|i| silent(i)) {
             i.eh_frame = blame::section_of(&process, i, ".eh_frame");
         }
-        Ok(Self { process, maps, images })
+        Ok(Self { process, maps, images, by_threads: false })
     }
 
     /// The process.
@@ -308,17 +312,7 @@ impl Patcher {
         let _lock = self.process.lock()?;
         self.finished()?;
         let deadline = Instant::now() + options.timeout;
-        let mut records = self.records()?;
-        records.retain(|r| r.mutable.state == State::Applied);
-        let pid = self.process.pid();
-        let Some(newest) = records.pop() else { return Err(Error::NothingApplied { pid }) };
-        if let Some(name) = name.filter(|n| *n != newest.payload.patch) {
-            if records.iter().any(|r| r.payload.patch == name) {
-                let newest = newest.payload.patch;
-                return Err(Refusal::NotNewest { name: name.to_owned(), newest }.into());
-            }
-            return Err(Error::NoSuchPatch { pid, name: name.to_owned(), applied: newest.payload.patch });
-        }
+        let newest = self.newest(name)?;
         let mut report = self.report("revert", &newest.payload.patch);
         let patch = newest.payload.patch.clone();
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
@@ -364,6 +358,24 @@ impl Patcher {
         Ok(report)
     }
 
+    /// The newest applied patch, which is the one named.
+    fn newest(&self, name: Option<&str>) -> Result<registry::Found, Error> {
+        let mut records = self.records()?;
+        records.retain(|r| r.mutable.state == State::Applied);
+        let pid = self.process.pid();
+        let Some(newest) = records.pop() else { return Err(Error::NothingApplied { pid }) };
+        match name {
+            Some(name) if name != newest.payload.patch => {
+                if records.iter().any(|r| r.payload.patch == name) {
+                    let newest = newest.payload.patch;
+                    return Err(Refusal::NotNewest { name: name.to_owned(), newest }.into());
+                }
+                Err(Error::NoSuchPatch { pid, name: name.to_owned(), applied: newest.payload.patch })
+            }
+            _ => Ok(newest),
+        }
+    }
+
     /// Reverts all applied patches, the newest first.
     ///
     /// # Errors
@@ -405,6 +417,7 @@ impl Patcher {
             sleepers_us: 0.0,
             threads: 0,
             attempts: 0,
+            within: None,
             warnings: Vec::new(),
         }
     }

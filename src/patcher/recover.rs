@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::rewrite::Place;
 use super::{Error, Options, Patcher, Retry};
+use crate::addr::ProcRange;
 use crate::memory::ReadMemory;
 use crate::patch::HexBytes;
 use crate::plan::{CodeEdit, Refusal};
@@ -182,11 +183,22 @@ impl Patcher {
             let lead = self.lead(found, &records)?;
             if lead.is_unused(found) && found.mutable.unwind == Unwind::None {
                 self.no_hook_in(found)?;
-                self.process.remote(&[RemoteCall::Unmap(found.region)], deadline)?;
+                self.unmap(found.region, deadline)?;
                 self.maps = self.process.mappings()?;
             }
         }
         Ok(())
+    }
+
+    fn unmap(&mut self, region: ProcRange, deadline: Instant) -> Result<(), Error> {
+        let call = [RemoteCall::Unmap(region)];
+        #[cfg(feature = "agent")]
+        if self.by_threads {
+            let mut own = crate::process::own::OwnProcess::new(&mut self.process)?;
+            own.adopt(region);
+            return Ok(own.remote(&call, deadline)?);
+        }
+        Ok(self.process.remote(&call, deadline)?)
     }
 
     fn finish(&mut self, found: Found, lead: Lead, sequence: u64, options: &Options) -> Result<Outcome, Error> {

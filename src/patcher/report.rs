@@ -28,8 +28,30 @@ pub struct Report {
     pub threads: usize,
     /// How many holds it took.
     pub attempts: u32,
+    /// What it took from inside, where nobody was held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub within: Option<Within>,
     /// What went less well than it could.
     pub warnings: Vec<String>,
+}
+
+/// What a switch from inside the process took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Within {
+    /// How long traps stood over the entries, in µs.
+    pub trapping_us: f64,
+    /// How many calls trapped in that time.
+    pub trapped: u64,
+    /// How many of them went on in the version that was left, for their thread was in it.
+    pub stayed: u64,
+    /// How many signals asked a running thread to look at itself.
+    pub signals: u64,
+    /// How many system calls these interrupted and made again.
+    pub restarted: u64,
+    /// How many ended with EINTR for them.
+    pub interrupted: u64,
+    /// How many barriers it took.
+    pub barriers: u32,
 }
 
 /// What a check found.
@@ -54,6 +76,21 @@ pub struct CheckReport {
 }
 
 impl Report {
+    #[cfg(feature = "agent")]
+    pub(super) fn fill_within(&mut self, times: crate::switch::SwitchTimes) {
+        self.threads = times.threads;
+        self.attempts = times.passes;
+        self.within = Some(Within {
+            trapping_us: (times.trapping_ns as f64 / 100.0).round() / 10.0,
+            trapped: times.trapped,
+            stayed: times.stayed,
+            signals: times.signals,
+            restarted: times.restarted,
+            interrupted: times.interrupted,
+            barriers: times.barriers,
+        });
+    }
+
     pub(super) fn fill(&mut self, times: HoldTimes, attempts: u32) {
         let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
         (self.pause_us, self.sleepers_us) = (us(times.pause_ns), us(times.sleepers_ns));

@@ -47,6 +47,44 @@ pub struct Written {
     pub lead: Option<Jump>,
     /// The jump to the switch stub of a revert, where it is another.
     pub back: Option<Jump>,
+    /// Where the code behind it begins, with the patch and without: for a switch by traps.
+    pub ways: Option<[ProcAddr; 2]>,
+}
+
+/// A place whose code changes by a trap, from inside: while a thread may be in the one code, it goes on there, else in the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trap {
+    /// Whose entry it is.
+    pub function: String,
+    /// Where.
+    pub at: ProcAddr,
+    /// What stands there.
+    pub before: Jump,
+    /// What is to stand there.
+    pub after: Jump,
+    /// Where the code begins that is left.
+    pub from: ProcAddr,
+    /// Where the code begins that is entered.
+    pub to: ProcAddr,
+}
+
+impl Trap {
+    /// The way back.
+    #[must_use]
+    pub fn turned(&self) -> Self {
+        let Self { function, at, before, after, from, to } = self.clone();
+        Self { function, at, before: after, after: before, from: to, to: from }
+    }
+}
+
+/// The traps that make `sites` what is `written` there; `None` without stubs.
+#[must_use]
+pub fn traps(sites: &[Site], written: &[Written]) -> Option<Vec<Trap>> {
+    let trap = |(s, w): (&Site, &Written)| {
+        let [to, from] = w.ways?;
+        Some(Trap { function: s.function.clone(), at: s.at, before: s.before, after: w.jump, from, to })
+    };
+    sites.iter().zip(written).map(trap).collect()
 }
 
 /// How the sites come to lead to the new code.
@@ -54,6 +92,8 @@ pub struct Written {
 pub enum Switch<'k> {
     /// All at once: by one word, or a single one by its own bytes.
     All,
+    /// Each thread for itself, from inside: with the stubs of a switch by one word, also for a single one.
+    Threads,
     /// For a share of the calls, by a key.
     Canary(&'k CanaryRecord),
 }
@@ -72,15 +112,15 @@ pub struct Stubs {
 pub fn stub_bytes(sites: &[Site], how: Switch<'_>) -> u64 {
     match (how, sites.len()) {
         (Switch::Canary(_), n) => n as u64 * insn::CANARY_BYTES,
-        (Switch::All, 0 | 1) => 0,
-        (Switch::All, n) => (n + sites.iter().filter(|s| s.wants_back()).count()) as u64 * insn::STUB_BYTES,
+        (_, 0) | (Switch::All, 1) => 0,
+        (_, n) => (n + sites.iter().filter(|s| s.wants_back()).count()) as u64 * insn::STUB_BYTES,
     }
 }
 
 /// As long as what [`switch`] returns, before there is a layout.
 #[must_use]
 pub fn draft(sites: &[Site], how: Switch<'_>) -> Vec<Written> {
-    let several = matches!(how, Switch::All) && stub_bytes(sites, how) > 0;
+    let several = !matches!(how, Switch::Canary(_)) && stub_bytes(sites, how) > 0;
     let of = |s: &Site| Written {
         lead: several.then(Jump::default),
         back: (several && s.wants_back()).then(Jump::default),
@@ -130,7 +170,7 @@ pub fn switch(
     }
     match how {
         Switch::Canary(canary) => by_key(sites, layout, record, canary),
-        Switch::All => by_word(sites, layout, record),
+        Switch::All | Switch::Threads => by_word(sites, layout, record, stub_bytes(sites, how) > 0),
     }
 }
 
@@ -142,9 +182,8 @@ fn immovable(site: &Site) -> impl Fn(StubError) -> Refusal + '_ {
     |e| Refusal::EntryImmovable { function: site.function.clone(), why: e.to_string() }
 }
 
-fn by_word(sites: &[Site], layout: &Layout, record: ProcAddr) -> Result<(Vec<Written>, Stubs), Refusal> {
+fn by_word(sites: &[Site], layout: &Layout, record: ProcAddr, stubs: bool) -> Result<(Vec<Written>, Stubs), Refusal> {
     let word = (ProcAddr(record.0 + MUTABLE_AT), APPLIED);
-    let several = stub_bytes(sites, Switch::All) > 0;
     let (mut out, mut code) = (Vec::with_capacity(sites.len()), Vec::new());
     for site in sites {
         let far = || Refusal::OutOfReach { at: site.at, to: layout.base };
@@ -153,7 +192,7 @@ fn by_word(sites: &[Site], layout: &Layout, record: ProcAddr) -> Result<(Vec<Wri
         if let Some(new) = new {
             written.jump = jump(site.at, new)?;
         }
-        if several {
+        if stubs {
             let own = Way::On(&site.code);
             let applied = new.map_or(own, Way::To);
             let before = match insn::jump_target(site.at, site.before) {
@@ -162,12 +201,13 @@ fn by_word(sites: &[Site], layout: &Layout, record: ProcAddr) -> Result<(Vec<Wri
             };
             let mut stub = |otherwise| {
                 let at = layout.stub.checked_add(PAGE + code.len() as u64 * insn::STUB_BYTES).ok_or_else(far)?;
-                let built = insn::switch_stub(at, word, site.at, [applied, otherwise]);
-                code.push(built.map_err(immovable(site))?);
-                jump(site.at, at)
+                let built = insn::switch_stub(at, word, site.at, [applied, otherwise]).map_err(immovable(site))?;
+                code.push(built.code);
+                Ok((jump(site.at, at)?, built.ways))
             };
-            written.lead = Some(stub(before)?);
-            written.back = if site.wants_back() { Some(stub(own)?) } else { None };
+            let (lead, ways) = stub(before)?;
+            (written.lead, written.ways) = (Some(lead), Some(ways));
+            written.back = if site.wants_back() { Some(stub(own)?.0) } else { None };
         }
         out.push(written);
     }

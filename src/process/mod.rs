@@ -27,6 +27,8 @@ use crate::memory::ReadMemory;
 
 mod error;
 pub mod fake;
+#[cfg(feature = "agent")]
+pub mod own;
 pub mod ptrace;
 
 pub use error::{HoldError, ProcessError};

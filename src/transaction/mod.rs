@@ -10,14 +10,14 @@ use crate::addr::{ProcAddr, ProcRange};
 use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::{in_chain, PatchFile};
-use crate::plan::sites::{self, Site, Switch};
+use crate::plan::sites::{self, Site, Switch, Trap};
 use crate::plan::{self, CodeEdit, Layout, Links, OldFacts, Piece, Refusal};
 use crate::process::{
     Access, FunctionCall, Held, HoldError, HoldLimits, HoldTimes, IdleCheck, Process, ProcessError, RemoteCall,
     StackCheck,
 };
 use crate::registry::{
-    encode, encode_mutable, CanaryRecord, Confirmation, Found, Mutable, Payload, Share, State, Unwind, MUTABLE_AT,
+    encode, encode_mutable, Confirmation, Found, Mutable, Payload, Share, State, Unwind, MUTABLE_AT,
 };
 use crate::stack::Watched;
 
@@ -65,6 +65,8 @@ pub struct Planned {
     edits: Vec<CodeEdit>,
     /// The jumps to the switch stubs, if one word switches several entries.
     leads: Vec<CodeEdit>,
+    /// The traps of a switch from inside; empty without stubs.
+    traps: Vec<Trap>,
     payload: Payload,
     /// The record of an earlier apply whose mapping is used again.
     earlier: Option<Mutable>,
@@ -140,16 +142,16 @@ impl Planned {
         maps: &[Mapping],
         facts: &[OldFacts],
         replaces: Option<Replaced>,
-        canary: Option<&CanaryRecord>,
+        how: Switch<'_>,
     ) -> Result<Self, Refusal> {
         let sites = sites(patch, &target.links, facts, replaces.as_ref())?;
-        let how = canary.map_or(Switch::All, Switch::Canary);
         let stubs = sites::stub_bytes(&sites, how);
         // An address is longest at the top of the address space: so the record can only get shorter.
         let far = || Refusal::OutOfReach { at: target.range.start, to: target.range.end };
         let dummy = Layout::at(ProcAddr(0x7000_0000_0000), 0, stubs, patch).ok_or_else(far)?;
         let draft = payload(patch, &dummy, target.links.bias, facts).ok_or_else(far)?;
-        let draft = Payload { canary: canary.cloned(), ..draft };
+        let canary = if let Switch::Canary(canary) = how { Some(canary.clone()) } else { None };
+        let draft = Payload { canary, ..draft };
         let draft = with_entries(draft, &sites, &sites::draft(&sites, how));
         let slack = 64;
         let record_bytes = encode(&draft, &FRESH, u64::MAX).len() as u64 + slack;
@@ -170,7 +172,9 @@ impl Planned {
         replaces: Option<Replaced>,
     ) -> Result<Self, Refusal> {
         let sites = sites(patch, links, facts, replaces.as_ref())?;
-        let how = found.payload.canary.as_ref().map_or(Switch::All, Switch::Canary);
+        let stubs = found.payload.entries.iter().any(|e| e.lead.is_some());
+        let word = if stubs { Switch::Threads } else { Switch::All };
+        let how = found.payload.canary.as_ref().map_or(word, Switch::Canary);
         let stubs = sites::stub_bytes(&sites, how);
         let layout = Layout::at(found.region.start, found.payload.record_bytes, stubs, patch);
         let planned = layout.map(|l| Self::at(patch, links, l, (&sites, how), facts, Some(found.mutable), replaces));
@@ -209,10 +213,11 @@ impl Planned {
         let edits = sites::edits(sites, &written, |w| Some(w.jump));
         // The stubs of a canary change nothing while its share is zero, and stay.
         let leads = match how {
-            Switch::All => sites::edits(sites, &written, |w| w.lead),
+            Switch::All | Switch::Threads => sites::edits(sites, &written, |w| w.lead),
             Switch::Canary(_) => edits.clone(),
         };
-        Ok(Self { layout, pieces, edits, leads, payload, earlier, replaces })
+        let traps = sites::traps(sites, &written).unwrap_or_default();
+        Ok(Self { layout, pieces, edits, leads, traps, payload, earlier, replaces })
     }
 
     /// With the revision that its signature gives; a mapping of an earlier apply keeps the one of then.
@@ -436,6 +441,50 @@ impl<'p, P: Process> Staged<'p, P> {
     #[must_use]
     pub fn windows_and_stubs(&self) -> Vec<Watched> {
         windows(&self.planned.payload).chain(stubs(&self.planned.payload)).collect()
+    }
+
+    /// The traps that switch it from inside; `None` if it has no stubs for them.
+    #[must_use]
+    pub fn traps(&self) -> Option<Vec<Trap>> {
+        (self.planned.traps.len() == self.planned.edits.len()).then(|| self.planned.traps.clone())
+    }
+
+    /// What no thread may be in for the patch to be taken back after it was entered.
+    #[must_use]
+    pub fn watched_new(&self) -> Vec<Watched> {
+        watch_new(&self.planned.payload)
+    }
+
+    /// Writes the record of a patch whose entries lead to it already.
+    ///
+    /// # Errors
+    ///
+    /// It could not be written; `recover` makes it agree with the entries.
+    pub fn switched(mut self, stamp: Stamp) -> Result<Committed, TransactionError> {
+        // From here on the mapping is in use.
+        self.mapped = false;
+        let Stamp { sequence, applied_at_s, confirmation, share } = stamp;
+        let state = State::Applied;
+        self.mutable = Mutable { state, sequence, applied_at_s, pause_ns: 0, confirmation, share, ..self.mutable };
+        if let Some(replaced) = self.planned.replaces.take() {
+            let edit = RecordEdit::reverted(&replaced.found);
+            self.process.adopt(replaced.found.region);
+            self.process.write_own(edit.at, &encode_mutable(&edit.after))?;
+        }
+        self.write_mutable()?;
+        let (times, rest) = (HoldTimes::default(), Vec::new());
+        Ok(Committed { times, entries: self.planned.payload.jumps(), rest })
+    }
+
+    /// Leaves the mapping where it is, for its code has run, or still may; no entry leads to it any more.
+    ///
+    /// # Errors
+    ///
+    /// The record could not be written.
+    pub fn keep(mut self) -> Result<(), TransactionError> {
+        self.mapped = false;
+        self.mutable.state = State::Reverted;
+        Ok(self.write_mutable()?)
     }
 
     /// Holds, checks, writes the entry jumps and lets go. With switch stubs it writes the one word that they follow; the

@@ -1,12 +1,14 @@
 //! A patch that is applied, and its way back.
 
-use super::record::{stubs, watch_new, windows};
+use super::record::{stubs, watch_new, watch_old, windows};
 use super::{hold_and_swap, straight, swap, RecordEdit, TransactionError};
+use crate::insn;
 use crate::memory::ReadMemory;
 use crate::plan::beside::Consistency;
+use crate::plan::sites::Trap;
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::{HoldLimits, HoldTimes, Process, StackCheck};
-use crate::registry::{EntryRecord, Found, Payload};
+use crate::registry::{encode_mutable, EntryRecord, Found, Payload};
 use crate::stack::Watched;
 
 /// An applied patch, about to be reverted.
@@ -122,6 +124,39 @@ impl Applied {
     pub fn give_back(&mut self) -> Vec<CodeEdit> {
         self.leads.clear();
         std::mem::take(&mut self.edits)
+    }
+
+    /// The traps that revert it from inside; `None` if it has no stubs for them.
+    #[must_use]
+    pub fn traps<M: ReadMemory + ?Sized>(&self, memory: &M) -> Option<Vec<Trap>> {
+        let trap = |(edit, lead): (&CodeEdit, &CodeEdit)| {
+            let stub = insn::jump_target(edit.at, lead.new)?;
+            let code = memory.read_vec(stub, insn::STUB_BYTES).ok()?;
+            let to = insn::second_way(stub, &code)?;
+            let from = insn::jump_target(edit.at, edit.expected)?;
+            let CodeEdit { function, at, expected, new } = edit.clone();
+            Some(Trap { function, at, before: expected, after: new, from, to })
+        };
+        let all: Vec<Trap> = self.edits.iter().zip(&self.leads).filter_map(trap).collect();
+        (all.len() == self.edits.len()).then_some(all)
+    }
+
+    /// What no thread may be in for the revert to be taken back.
+    #[must_use]
+    pub fn watched_old(&self) -> Vec<Watched> {
+        watch_old(&self.found.payload)
+    }
+
+    /// Writes the record of a patch that no entry leads to any more.
+    ///
+    /// # Errors
+    ///
+    /// It could not be written; `recover` makes it agree with the entries.
+    pub fn switched<P: Process>(self, process: &mut P) -> Result<Reverted, TransactionError> {
+        let edit = RecordEdit::reverted(&self.found);
+        process.adopt(self.found.region);
+        process.write_own(edit.at, &encode_mutable(&edit.after))?;
+        Ok(Reverted { times: HoldTimes::default(), entries: self.found.payload.jumps() })
     }
 
     /// Leaves out the entries that do not lead into the patch, and gives up the switch stubs: a command died between

@@ -162,7 +162,7 @@ fn facts() -> [OldFacts; 3] {
 
 fn planned(p: &FakeProcess) -> Planned {
     let all: Vec<Mapping> = p.mappings().unwrap();
-    Planned::new(&patch(), &target(), &all, &facts(), None, None).unwrap()
+    Planned::new(&patch(), &target(), &all, &facts(), None, Switch::All).unwrap()
 }
 
 /// How many entries lead to new code, by themselves or by their switch stubs.
@@ -303,7 +303,7 @@ fn take_over(p: &FakeProcess) -> Planned {
     let chain = target.links.previous.clone();
     let code = found.payload.entries.iter().map(|e| (e.at, BODY.to_vec()));
     let code = code.chain([(chain[0], p.read_vec(chain[0], 19).unwrap())]).collect();
-    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, chain, code }), None).unwrap()
+    Planned::new(&second(), &target, &all, &facts()[1..], Some(Replaced { found, chain, code }), Switch::All).unwrap()
 }
 
 /// Where the jump at `at` leads, if there is one.

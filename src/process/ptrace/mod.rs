@@ -181,8 +181,19 @@ impl PtraceProcess {
         Ok(found)
     }
 
+    /// Whether a range is ours.
+    pub(super) fn owns(&self, range: ProcRange) -> bool {
+        self.own.iter().any(|o| o.start <= range.start && range.end <= o.end)
+    }
+
+    /// Forgets memory that was ours.
+    #[cfg(feature = "agent")]
+    pub(super) fn disown(&mut self, range: ProcRange) {
+        self.own.retain(|o| *o != range);
+    }
+
     /// Writes through /proc/PID/mem, or where the kernel does not let that write code, by way of a stopped thread.
-    fn write_any(&self, at: ProcAddr, bytes: &[u8], stopped: Option<Tid>) -> Result<(), ProcessError> {
+    pub(super) fn write_any(&self, at: ProcAddr, bytes: &[u8], stopped: Option<Tid>) -> Result<(), ProcessError> {
         let failed = |source| ProcessError::Write { pid: self.pid, at, len_bytes: bytes.len(), source };
         let result = if self.poke_only {
             Err(io::Error::from_raw_os_error(libc::EIO))
@@ -288,8 +299,7 @@ impl Process for PtraceProcess {
 
     fn write_own(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
         let range = ProcRange::new(at, bytes.len() as u64);
-        let ours = range.is_some_and(|r| self.own.iter().any(|o| o.start <= r.start && r.end <= o.end));
-        if !ours {
+        if !range.is_some_and(|r| self.owns(r)) {
             return Err(ProcessError::NotOurs { pid: self.pid, at });
         }
         match self.write_any(at, bytes, None) {

@@ -114,6 +114,21 @@ pub fn start_time(pid: Pid) -> io::Result<u64> {
     field.ok_or_else(|| io::Error::other("stat is not as documented"))
 }
 
+/// Whether there is such a thread.
+#[must_use]
+pub fn thread_exists(pid: Pid, tid: Tid) -> bool {
+    stat_fields(&format!("/proc/{pid}/task/{tid}/stat"))
+        .is_ok_and(|f| !matches!(f.first().map(String::as_str), Some("Z" | "X")))
+}
+
+/// The signals that a thread blocks (`SigBlk`), signal 1 in the lowest bit; `None` if it has ended.
+#[must_use]
+pub fn blocked_signals(pid: Pid, tid: Tid) -> Option<u64> {
+    let text = String::from_utf8(read_short(&format!("/proc/{pid}/task/{tid}/status")).ok()?).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("SigBlk:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
 /// The name of a thread.
 #[must_use]
 pub fn thread_name(pid: Pid, tid: Tid) -> String {
@@ -168,6 +183,8 @@ pub fn blocked_in(pid: Pid, tid: Tid) -> Option<Blocked> {
 pub struct Blocked {
     /// Number of the system call, -1 if it is in the kernel for another reason.
     pub number: i64,
+    /// The arguments of the call: `rdi`, `rsi`, `rdx`, `r10`, `r8`, `r9`.
+    pub arguments: [u64; 6],
     /// Stack pointer.
     pub sp: u64,
     /// Program counter.
@@ -181,7 +198,11 @@ impl Blocked {
         let mut last = fields.rev().map(|f| u64::from_str_radix(f.trim_start_matches("0x"), 16));
         let pc = last.next()?.ok()?;
         let sp = last.next()?.ok()?;
-        Some(Self { number, sp, pc })
+        let mut arguments = [0; 6];
+        for (to, from) in arguments.iter_mut().rev().zip(last) {
+            *to = from.ok()?;
+        }
+        Some(Self { number, arguments, sp, pc })
     }
 }
 
@@ -251,9 +272,17 @@ mod tests {
         assert_eq!(Blocked::parse("running\n"), None);
         assert_eq!(
             Blocked::parse("232 0x3 0x7f 0x4 0xffffffff 0x0 0x8 0x7f51409987e0 0x7f5140aa5f36\n"),
-            Some(Blocked { number: 232, sp: 0x7f51_4099_87e0, pc: 0x7f51_40aa_5f36 })
+            Some(Blocked {
+                number: 232,
+                arguments: [3, 0x7f, 4, 0xffff_ffff, 0, 8],
+                sp: 0x7f51_4099_87e0,
+                pc: 0x7f51_40aa_5f36
+            })
         );
-        assert_eq!(Blocked::parse("-1 0x7ffe0 0x10\n"), Some(Blocked { number: -1, sp: 0x7ffe0, pc: 0x10 }));
+        assert_eq!(
+            Blocked::parse("-1 0x7ffe0 0x10\n"),
+            Some(Blocked { number: -1, arguments: [0; 6], sp: 0x7ffe0, pc: 0x10 })
+        );
     }
 
     #[test]

@@ -1,0 +1,245 @@
+//! Apply and revert from inside the process: no thread is held, each switches for itself.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use super::{replaced, Error, NotQuiescent, Options, Patcher, Report};
+use crate::image::Image;
+use crate::maps::Mapping;
+use crate::memory::ReadMemory;
+use crate::patch::PatchFile;
+use crate::plan::Refusal;
+use crate::process::own::OwnProcess;
+use crate::process::ptrace::procfs;
+use crate::process::ptrace::PtraceProcess;
+use crate::process::{HeldThread, IdleCheck, Pid, Process};
+use crate::registry::{self, Confirmation, Share};
+use crate::stack::{Cfi, Watched};
+use crate::switch::{Plan, SwitchError, SwitchTimes, Switcher};
+use crate::transaction::{Applied, Stamp};
+
+/// The thread that asks is the one that calls: nobody is borrowed.
+struct Own;
+
+impl IdleCheck for Own {
+    fn is_idle(&mut self, _thread: &HeldThread, _memory: &dyn ReadMemory) -> bool {
+        true
+    }
+}
+
+/// Why this must be done from outside.
+fn outside(why: impl Into<String>) -> Error {
+    Error::Outside { why: why.into() }
+}
+
+impl Patcher {
+    /// Opens the process that this code runs in.
+    ///
+    /// # Errors
+    ///
+    /// /proc is not there, or a debugger traces it.
+    pub fn open_own() -> Result<Self, Error> {
+        let mut own = Self::open(Pid(std::process::id().cast_signed()))?;
+        own.by_threads = true;
+        Ok(own)
+    }
+
+    /// As [`apply`](Self::apply), of the own process and without a hold.
+    ///
+    /// # Errors
+    ///
+    /// It was not applied. After [`NotQuiescent`], some calls may have run the new code before it was taken back;
+    /// [`Error::Outside`] says that nothing was done, and that it can be done from outside.
+    pub fn apply_within(
+        &mut self,
+        patch: &PatchFile,
+        options: &Options,
+        switcher: &mut Switcher,
+    ) -> Result<Report, Error> {
+        if options.canary.is_some() {
+            return Err(outside("a canary by an argument is applied by a hold"));
+        }
+        if let Some(hook) = patch.manifest.hooks.first() {
+            return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
+        }
+        let patch = &*options.adapt(patch);
+        let pid = self.process.pid();
+        let _lock = self.process.lock()?;
+        self.ready(options, switcher)?;
+        let deadline = Instant::now() + options.timeout;
+        self.remove_unused(deadline)?;
+        let mut report = self.report("apply", &patch.manifest.name);
+        let inspected = self.inspect_alone(patch, options, deadline)?;
+        report.functions = replaced(patch);
+        let Some(planned) = inspected.planned else {
+            report.already = true;
+            return Ok(report);
+        };
+        if is_c_library(&self.images, &planned.watched()) {
+            return Err(outside("the C library blocks signals by itself"));
+        }
+        let returns = super::signal_returns(&self.process, &self.images, &self.maps);
+        let tables = Tables::of(&self.images)?;
+        let mut own = OwnProcess::new(&mut self.process)?;
+        let mut staged = planned.stage(&mut own, deadline)?;
+        if staged.wants_registration() {
+            match inspected.register_frame {
+                Some(function) => staged.register(function, &mut Own, deadline)?,
+                None => report.warnings.push(
+                    "unwind tables not registered: the process has no __register_frame; a backtrace ends at the patch"
+                        .into(),
+                ),
+            }
+        }
+        let Some(traps) = staged.traps() else { return Err(outside("it was applied from outside before")) };
+        let consistency = options.of_apply();
+        let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
+        let leave = with_returns(crate::transaction::relax(&consistency, staged.watched()));
+        let back = with_returns(staged.watched_new());
+        let plan = Plan { traps, leave, back };
+        let switched = switcher.run(staged.process(), plan, Instant::now() + options.timeout, &|| tables.load());
+        match switched {
+            Ok(times) => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                let confirmation = options.confirm_within.map_or_else(Confirmation::default, |within| Confirmation {
+                    confirmed: false,
+                    by_s: now + within.as_secs().max(1),
+                    watcher: std::process::id(),
+                });
+                let sequence = inspected.sequence;
+                let stamp = Stamp { sequence, applied_at_s: now, confirmation, share: Share::default() };
+                report.entries = staged.switched(stamp)?.entries;
+                report.fill_within(times);
+                Ok(report)
+            }
+            Err(e) => {
+                if matches!(e, SwitchError::TakenBack(..) | SwitchError::Unfinished(..)) {
+                    // New code may have run, and what it made may lead into it.
+                    staged.keep()?;
+                }
+                Err(not_switched(pid, e))
+            }
+        }
+    }
+
+    /// As [`revert`](Self::revert), of the own process and without a hold.
+    ///
+    /// # Errors
+    ///
+    /// As of [`apply_within`](Self::apply_within).
+    pub fn revert_within(
+        &mut self,
+        name: Option<&str>,
+        options: &Options,
+        switcher: &mut Switcher,
+    ) -> Result<Report, Error> {
+        let pid = self.process.pid();
+        let _lock = self.process.lock()?;
+        self.ready(options, switcher)?;
+        let newest = self.newest(name)?;
+        if newest.payload.canary.is_some() {
+            return Err(outside("a canary is reverted by a hold"));
+        }
+        if let Some(hook) = newest.payload.hooks.first() {
+            return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
+        }
+        let mut report = self.report("revert", &newest.payload.patch);
+        report.functions =
+            super::names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
+        let applied = Applied::new(newest)?;
+        applied.may_revert(&options.consistency)?;
+        applied.check_entries(&self.process)?;
+        let Some(traps) = applied.traps(&self.process) else {
+            return Err(outside("it was applied from outside, as a patch of one entry"));
+        };
+        let returns = super::signal_returns(&self.process, &self.images, &self.maps);
+        let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
+        let leave = with_returns(crate::transaction::relax(&options.consistency, applied.watched()));
+        let plan = Plan { traps, leave, back: with_returns(applied.watched_old()) };
+        let tables = Tables::of(&self.images)?;
+        let mut own = OwnProcess::new(&mut self.process)?;
+        let switched = switcher.run(&mut own, plan, Instant::now() + options.timeout, &|| tables.load());
+        match switched {
+            Ok(times) => {
+                report.entries = applied.switched(&mut own)?.entries;
+                report.fill_within(times);
+                Ok(report)
+            }
+            Err(e) => Err(not_switched(pid, e)),
+        }
+    }
+
+    /// The own process is one that can be switched now: what is left of a switch before is done, and the images are known.
+    fn ready(&mut self, options: &Options, switcher: &mut Switcher) -> Result<(), Error> {
+        if switcher.is_unfinished() {
+            let tables = Tables::of(&self.images)?;
+            let mut own = OwnProcess::new(&mut self.process)?;
+            let until = Instant::now() + options.timeout;
+            switcher.try_to_finish(&mut own, until, &|| tables.load(), &mut SwitchTimes::default())?;
+            if switcher.is_unfinished() {
+                return Err(NotQuiescent {
+                    reason: "a switch before it is still to be taken back".into(),
+                    attempts: 1,
+                    ..NotQuiescent::default()
+                }
+                .into());
+            }
+        }
+        self.finished()
+    }
+}
+
+/// Whether any of this code is the C library's: it blocks all signals now and then, past everybody who might see to SIGTRAP.
+fn is_c_library(images: &[Image], code: &[Watched]) -> bool {
+    let libc = |i: &Image| ["libc.", "libc-", "ld-", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
+    let statics = !images.iter().any(Image::has_interpreter);
+    statics || images.iter().filter(|i| libc(i)).any(|i| code.iter().any(|w| i.range.overlaps(&w.range)))
+}
+
+/// Reads the unwind tables of everything, once they are needed: by a view of the process of its own.
+struct Tables<'a> {
+    process: PtraceProcess,
+    images: &'a [Image],
+}
+
+impl<'a> Tables<'a> {
+    fn of(images: &'a [Image]) -> Result<Self, Error> {
+        Ok(Self { process: PtraceProcess::open(Pid(std::process::id().cast_signed()))?, images })
+    }
+
+    fn load(&self) -> Cfi {
+        let mut cfi = Cfi::load(&self.process, self.images);
+        let maps: Vec<Mapping> = self.process.mappings().unwrap_or_default();
+        for found in registry::find(&self.process, &maps).unwrap_or_default() {
+            if let Some(table) = found.payload.eh_frame.and_then(|t| t.range()) {
+                cfi.add_patch(&self.process, found.region, table.start, table.len_bytes());
+            }
+        }
+        cfi
+    }
+}
+
+fn not_switched(pid: Pid, error: SwitchError) -> Error {
+    let (inside, reason) = match &error {
+        SwitchError::Process(_) => (None, String::new()),
+        SwitchError::Changed { function, at } => {
+            return Refusal::CodeChanged { function: function.clone(), at: *at, breakpoint: false }.into()
+        }
+        SwitchError::Blocked { tid } => {
+            let name = procfs::thread_name(pid, *tid);
+            return outside(format!("thread {tid} ({name}) blocks SIGTRAP or the signal of the agent"));
+        }
+        SwitchError::TakenBack(inside, _) | SwitchError::Unfinished(inside, _) => (inside.clone(), error.to_string()),
+    };
+    if let SwitchError::Process(e) = error {
+        return e.into();
+    }
+    NotQuiescent {
+        tid: inside.as_ref().map(|i| i.tid.0),
+        thread: inside.as_ref().map(|i| procfs::thread_name(pid, i.tid)),
+        function: inside.and_then(|i| i.function),
+        reason,
+        backtrace: Vec::new(),
+        attempts: 1,
+    }
+    .into()
+}

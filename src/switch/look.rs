@@ -1,0 +1,240 @@
+//! Looks at threads from the agent's thread, without waking them: the others while they sleep, those that never do by a signal.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::marks::Mark;
+use super::trap::{self, Answer, Table};
+use super::{sys, Inside};
+use crate::addr::ProcAddr;
+use crate::memory::ReadMemory;
+use crate::process::ptrace::procfs;
+use crate::process::{HeldThread, Pid, Registers, StackCheck, Tid, RSP};
+use crate::quiesce::{Checker, Snapshot};
+use crate::stack::{Cfi, Frame, Unwinder};
+
+/// DWARF numbers of the registers that hold a system call's arguments: `rdi`, `rsi`, `rdx`, `r10`, `r8`, `r9`.
+const ARGUMENTS: [usize; 6] = [5, 4, 1, 10, 8, 9];
+
+/// How long a thread may take to answer a signal in one pass.
+const ANSWER: Duration = Duration::from_millis(10);
+
+/// A sleeping thread whose stack could not be followed so often is asked by a signal.
+const PATIENCE: u32 = 4;
+
+/// What a look at a thread found.
+enum Seen {
+    Clear,
+    Gone,
+    Runs,
+    Inside(Inside),
+}
+
+/// Looks at the threads of this process for one switch.
+pub struct Looker<'a> {
+    pub memory: &'a dyn ReadMemory,
+    pub table: &'a Table,
+    pub look: i32,
+    pub tables: &'a dyn Fn() -> Cfi,
+    pub cfi: Option<Cfi>,
+    pub signals: u64,
+    pub passes: u32,
+    /// How often a sleeping thread's stack could not be followed.
+    unproven: HashMap<Tid, u32>,
+}
+
+impl<'a> Looker<'a> {
+    pub fn new(memory: &'a dyn ReadMemory, table: &'a Table, look: i32, tables: &'a dyn Fn() -> Cfi) -> Self {
+        Self { memory, table, look, tables, cfi: None, signals: 0, passes: 0, unproven: HashMap::new() }
+    }
+
+    fn pid(&self) -> Pid {
+        self.table.pid
+    }
+
+    /// Looks at all threads until all are clear.
+    ///
+    /// # Errors
+    ///
+    /// One was not by `deadline`, if that can be told.
+    pub fn until_clear(&mut self, deadline: Instant) -> Result<usize, Option<Inside>> {
+        let mut pause = Duration::from_micros(50);
+        loop {
+            self.passes += 1;
+            let (count, last) = self.pass(deadline)?;
+            match last {
+                None if self.all_new_are_clear()? => return Ok(count),
+                None => {}
+                Some(inside) if Instant::now() >= deadline => return Err(Some(inside)),
+                Some(_) => {
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(5));
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(None);
+            }
+        }
+    }
+
+    fn threads(&self) -> Result<Vec<Tid>, Option<Inside>> {
+        procfs::threads(self.pid()).map_err(|_| None)
+    }
+
+    /// All threads that there are were seen clear. Was one born meanwhile that is not?
+    fn all_new_are_clear(&self) -> Result<bool, Option<Inside>> {
+        let table = self.table;
+        let unknown = |tid: &Tid| table.marks.slot(*tid).is_none_or(|s| s.get() != Mark::Clear);
+        if self.threads()?.iter().any(unknown) {
+            return Ok(false);
+        }
+        // Whoever is born from here on was born by a thread that is clear, and is.
+        table.ends.store(true, std::sync::atomic::Ordering::SeqCst);
+        let alive = |tid: &Tid| procfs::thread_exists(table.pid, *tid);
+        let clear = !table.marks.is_full() && !table.marks.not_clear().iter().any(alive);
+        if !clear {
+            table.ends.store(false, std::sync::atomic::Ordering::SeqCst);
+        }
+        Ok(clear)
+    }
+
+    /// Looks once at each thread that is not known to be clear: how many threads there are, and one that is not clear.
+    fn pass(&mut self, deadline: Instant) -> Result<(usize, Option<Inside>), Option<Inside>> {
+        let threads = self.threads()?;
+        let count = threads.len();
+        let (mut last, mut runs) = (None, Vec::new());
+        for tid in threads {
+            let Some(slot) = self.table.marks.slot(tid) else { return Err(None) };
+            let before = slot.get();
+            if before == Mark::Clear {
+                continue;
+            }
+            match self.asleep(tid) {
+                Seen::Clear => {
+                    slot.change(before, Mark::Clear);
+                }
+                Seen::Gone => {}
+                Seen::Runs => runs.push(tid),
+                Seen::Inside(inside) => {
+                    let times = self.unproven.entry(tid).or_default();
+                    *times += 1;
+                    if !inside.certain && *times % PATIENCE == 0 {
+                        runs.push(tid);
+                    }
+                    last = Some(inside);
+                }
+            }
+        }
+        Ok((count, self.ask(&runs, deadline).or(last)))
+    }
+
+    /// Asks running threads to look at themselves; one that is not clear.
+    fn ask(&mut self, tids: &[Tid], deadline: Instant) -> Option<Inside> {
+        let pid = self.pid();
+        let until = deadline.min(Instant::now() + ANSWER);
+        let is_clear = |tid: &&Tid| self.table.marks.slot(**tid).is_some_and(|s| s.get() == Mark::Clear);
+        // All at once: those that find nothing mark themselves, and nothing has to be copied.
+        for tid in tids {
+            self.signals += u64::from(sys::send(pid, *tid, self.look).is_ok());
+        }
+        let mut turns = 0u32;
+        while !tids.iter().all(|t| is_clear(&t)) && Instant::now() < until {
+            turns += 1;
+            if turns > 100 {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        let left: Vec<Tid> = tids.iter().filter(|t| !is_clear(t)).copied().collect();
+        let mut last = None;
+        for tid in left {
+            let slot = self.table.marks.slot(tid)?;
+            let before = slot.get();
+            if before == Mark::Clear {
+                continue;
+            }
+            self.signals += 1;
+            let unproven = |function| Some(Inside { tid, function, certain: false });
+            match trap::ask(pid, tid, self.look, Instant::now() + ANSWER) {
+                Answer::Clear => {}
+                Answer::Perhaps(thread, stack) => match self.unwound(&thread, &stack) {
+                    None => {
+                        slot.change(before, Mark::Clear);
+                    }
+                    Some(inside) => last = Some(inside),
+                },
+                Answer::Unknown => last = unproven(None),
+                Answer::Late if !procfs::thread_exists(pid, tid) => {}
+                Answer::Late => last = unproven(None),
+            }
+        }
+        last
+    }
+
+    /// A thread that sleeps, by what /proc says of it and its stack: it did not run between two counts that are the same.
+    fn asleep(&mut self, tid: Tid) -> Seen {
+        let pid = self.pid();
+        let runs = procfs::run_count(pid, tid);
+        let Some(blocked) = procfs::blocked_in(pid, tid) else {
+            return if procfs::thread_exists(pid, tid) { Seen::Runs } else { Seen::Gone };
+        };
+        if procfs::is_io_worker(pid, tid) {
+            return Seen::Clear;
+        }
+        let mut general = [0; 16];
+        for (to, from) in ARGUMENTS.iter().zip(blocked.arguments) {
+            general[*to] = from;
+        }
+        general[RSP] = blocked.sp;
+        // As good as the control block itself: both lie above the stack, in one mapping with it.
+        let fs_base = sys::control_block(tid).unwrap_or(ProcAddr(0));
+        let registers = Registers { general, pc: ProcAddr(blocked.pc), fs_base };
+        let thread = HeldThread { tid, is_main: tid.0 == pid.0, registers };
+        let table = self.table;
+        let mut checker = Checker::new(&table.watch, &table.stacks, None);
+        let extent = checker.extent(&thread);
+        let found = if checker.is_clear(&thread, extent, &[], self.memory) { None } else { self.inside(&thread) };
+        let Some(inside) = found else {
+            return if procfs::run_count(pid, tid) == runs { Seen::Clear } else { Seen::Runs };
+        };
+        Seen::Inside(inside)
+    }
+
+    /// Whether a sleeping thread, of which few registers are known, has a frame in what is watched.
+    fn inside(&mut self, thread: &HeldThread) -> Option<Inside> {
+        let (watch, mut live) = (&self.table.watch, None);
+        let mut look = |frame: Frame| {
+            let found = if frame.exact { watch.live_at(frame.pc) } else { watch.live_return(frame.pc) };
+            live = live.take().or(found.map(|w| w.name.clone()));
+        };
+        let cfi = self.cfi.get_or_insert_with(self.tables);
+        let walked =
+            Unwinder::new(cfi, self.memory).walk_blocked(thread.registers.sp(), thread.registers.pc, &mut look);
+        match (live, walked) {
+            (None, Ok(())) => None,
+            (function, _) => Some(Inside { tid: thread.tid, certain: function.is_some(), function }),
+        }
+    }
+
+    /// Whether a thread that copied its registers and stack had a frame in what is watched.
+    fn unwound(&mut self, thread: &HeldThread, stack: &[u8]) -> Option<Inside> {
+        let snapshot = Snapshot { at: thread.registers.sp(), bytes: stack.to_vec() };
+        let memory = snapshot.over(self.memory);
+        let cfi = self.cfi.get_or_insert_with(self.tables);
+        let mut checker = Checker::new(&self.table.watch, &self.table.stacks, Some(cfi));
+        let extent = checker.extent(thread);
+        if checker.is_clear(thread, extent, stack, &memory) {
+            return None;
+        }
+        let function = checker.into_blocked().and_then(|b| b.function().map(str::to_owned));
+        Some(Inside { tid: thread.tid, certain: false, function })
+    }
+}
+
+impl Looker<'_> {
+    /// Whether a thread that sleeps is inside what is watched, or may be. Marks nothing.
+    pub fn some_sleep_inside(&mut self) -> bool {
+        let threads = procfs::threads(self.pid()).unwrap_or_default();
+        threads.into_iter().any(|tid| matches!(self.asleep(tid), Seen::Inside(i) if i.certain))
+    }
+}

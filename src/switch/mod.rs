@@ -1,0 +1,376 @@
+//! The wait-free switch: from inside a process, from one version of functions to another, with no thread held or waiting for another.
+//!
+//! A trap (`int3`) stands over every entry while it lasts. A thread that traps judges itself: one that has no frame in the code that is left
+//! enters the other from then on; else it goes on in the code that it is in. The rest are looked at while they sleep, or asked by a
+//! signal to look at themselves. Once all have been seen clear the entry jumps are written, last byte first byte last, and no trap stands.
+//!
+//! *Invariant:* a thread that was seen clear stays clear: no code that is left can be entered but through a trap.
+//!
+//! *Invariant:* bytes of an entry behind the first are written only while the first is a trap and every thread is clear.
+
+use std::time::{Duration, Instant};
+
+use crate::addr::ProcAddr;
+use crate::maps::Mapping;
+use crate::memory::ReadMemory;
+use crate::plan::sites::Trap;
+use crate::process::own::OwnProcess;
+use crate::process::ptrace::procfs;
+use crate::process::{Process, ProcessError, Tid};
+use crate::quiesce::StackMap;
+use crate::stack::{Cfi, WatchList, Watched};
+
+mod look;
+mod marks;
+mod sys;
+mod trap;
+
+pub use trap::PassOn;
+
+use look::Looker;
+use marks::Marks;
+use trap::{Table, INT3};
+
+/// A thread that may be in code that is left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inside {
+    /// Which.
+    pub tid: Tid,
+    /// The function, if that can be told.
+    pub function: Option<String>,
+    /// Whether its stack could be followed to where it stands.
+    pub certain: bool,
+}
+
+/// What a switch took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SwitchTimes {
+    /// How long traps stood, in nanoseconds.
+    pub trapping_ns: u64,
+    /// How many calls trapped.
+    pub trapped: u64,
+    /// How many of those went on in the code that was left.
+    pub stayed: u64,
+    /// How many threads there were.
+    pub threads: usize,
+    /// How often all were looked at.
+    pub passes: u32,
+    /// How many signals asked a thread to look at itself.
+    pub signals: u64,
+    /// How many system calls such a signal interrupted that were made again.
+    pub restarted: u64,
+    /// How many it interrupted that ended with EINTR.
+    pub interrupted: u64,
+    /// How many barriers it took (membarrier(2)).
+    pub barriers: u32,
+}
+
+/// Why a switch did not happen.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SwitchError {
+    /// Nothing was done.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// An entry does not hold what it should; nothing was done.
+    #[error("the entry of {function} at {at} does not hold the bytes that it should")]
+    Changed {
+        /// The function.
+        function: String,
+        /// Where.
+        at: ProcAddr,
+    },
+    /// Threads block a signal that the switch needs; nothing was done.
+    #[error("thread {tid} blocks SIGTRAP or the signal of the agent")]
+    Blocked {
+        /// One of them.
+        tid: Tid,
+    },
+    /// A thread stayed in the code that was to be left; the switch was taken back, and the other code may have run.
+    #[error("taken back, some calls may have run the other version: {}", said(.0.as_ref()))]
+    TakenBack(Option<Inside>, SwitchTimes),
+    /// Not even taking back came to its end: traps stand.
+    #[error("neither done nor taken back: {}", said(.0.as_ref()))]
+    Unfinished(Option<Inside>, SwitchTimes),
+}
+
+fn said(inside: Option<&Inside>) -> String {
+    match inside {
+        None => "not all threads could be looked at".into(),
+        Some(Inside { tid, function: Some(f), certain: true }) => format!("thread {tid} is inside {f}"),
+        Some(Inside { tid, function: Some(f), .. }) => format!("thread {tid} may be inside {f}"),
+        Some(Inside { tid, .. }) => format!("the stack of thread {tid} could not be followed"),
+    }
+}
+
+/// What to switch.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The entries, in any order.
+    pub traps: Vec<Trap>,
+    /// What no thread may be in for the switch.
+    pub leave: Vec<Watched>,
+    /// What no thread may be in for the switch to be taken back.
+    pub back: Vec<Watched>,
+}
+
+/// Switches this process. There is one in a process at most.
+#[derive(Debug)]
+pub struct Switcher {
+    look: i32,
+    /// A switch that could not even be taken back: what is still to be done.
+    unfinished: Option<Box<Unfinished>>,
+}
+
+struct Unfinished {
+    plan: Plan,
+    table: Box<Table>,
+}
+
+impl std::fmt::Debug for Unfinished {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unfinished").field("entries", &self.plan.traps.len()).finish_non_exhaustive()
+    }
+}
+
+impl Switcher {
+    /// Takes the two signals, for good; `look` is the one that asks threads to look at themselves, `pass_on` gets every SIGTRAP that is not
+    /// of a switch.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has no membarrier(2) for code, or does not count how often threads run.
+    pub fn install(look: i32, pass_on: PassOn) -> std::io::Result<Self> {
+        sys::register_barrier()?;
+        let own = sys::own_tid();
+        if procfs::run_count(crate::process::Pid(std::process::id().cast_signed()), own) == 0 {
+            return Err(std::io::Error::other("the kernel does not count how often threads run (schedstat)"));
+        }
+        trap::install(look, pass_on)?;
+        Ok(Self { look, unfinished: None })
+    }
+
+    /// Whether traps of a switch stand that could not be taken back.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished.is_some()
+    }
+
+    /// Leads every thread from the one code to the other, by `deadline`; taking back may take as long again.
+    ///
+    /// `tables` reads the unwind tables of all images, once one is needed.
+    ///
+    /// # Errors
+    ///
+    /// It did not happen; the error says what is left of it.
+    pub fn run(
+        &mut self,
+        process: &mut OwnProcess<'_>,
+        plan: Plan,
+        deadline: Instant,
+        tables: &dyn Fn() -> Cfi,
+    ) -> Result<SwitchTimes, SwitchError> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        check(process, &plan.traps)?;
+        self.check_masks(process)?;
+        let table = table(process, &plan.traps, &plan.leave)?;
+        let mut times = SwitchTimes::default();
+        wait_until_left(process, &table, self.look, tables, Instant::now() + patience / 4);
+        trap::publish(&table);
+        let began = Instant::now();
+        if let Err(e) = set_traps(process, &plan.traps) {
+            trap::withdraw(None);
+            return Err(e.into());
+        }
+        times.barriers += 1;
+        let mut looker = Looker::new(process, &table, self.look, tables);
+        let looked = looker.until_clear(deadline).and_then(|count| {
+            // Children of vfork run on the stack of a thread that sleeps.
+            if process.has_sharers() {
+                Err(None)
+            } else {
+                Ok(count)
+            }
+        });
+        times.count(&looker, &table);
+        match looked {
+            Ok(threads) => {
+                times.threads = threads;
+                if let Err(e) = finish(process, &plan.traps) {
+                    // Traps may stand: every thread goes the new way until it can be written.
+                    self.unfinished = Some(Box::new(Unfinished { plan, table }));
+                    return Err(e.into());
+                }
+                times.barriers += 2;
+                times.trapping_ns = nanoseconds(began);
+                trap::withdraw(None);
+                times.count_traps(&table);
+                Ok(times)
+            }
+            Err(inside) => {
+                let turned =
+                    Plan { traps: plan.traps.iter().map(Trap::turned).collect(), leave: plan.back, back: plan.leave };
+                let result = self.take_back(process, table, turned, Instant::now() + patience, tables, &mut times);
+                times.trapping_ns = nanoseconds(began);
+                result?;
+                if self.unfinished.is_some() {
+                    return Err(SwitchError::Unfinished(inside, times));
+                }
+                Err(SwitchError::TakenBack(inside, times))
+            }
+        }
+    }
+
+    /// Leads all threads back; the first bytes of entries are all that was written.
+    fn take_back(
+        &mut self,
+        process: &mut OwnProcess<'_>,
+        before: Box<Table>,
+        turned: Plan,
+        deadline: Instant,
+        tables: &dyn Fn() -> Cfi,
+        times: &mut SwitchTimes,
+    ) -> Result<(), ProcessError> {
+        let table = table(process, &turned.traps, &turned.leave)?;
+        trap::withdraw(Some(&table));
+        times.count_traps(&before);
+        drop(before);
+        self.unfinished = Some(Box::new(Unfinished { plan: turned, table }));
+        self.try_to_finish(process, deadline, tables, times)
+    }
+
+    /// Goes on with what could not be taken back before; whether that is done, [`is_unfinished`](Self::is_unfinished) tells.
+    ///
+    /// # Errors
+    ///
+    /// Code could not be written.
+    pub fn try_to_finish(
+        &mut self,
+        process: &mut OwnProcess<'_>,
+        deadline: Instant,
+        tables: &dyn Fn() -> Cfi,
+        times: &mut SwitchTimes,
+    ) -> Result<(), ProcessError> {
+        let Some(left) = &self.unfinished else { return Ok(()) };
+        let mut looker = Looker::new(process, &left.table, self.look, tables);
+        let looked = looker.until_clear(deadline);
+        times.count(&looker, &left.table);
+        if looked.is_err() || process.has_sharers() {
+            return Ok(());
+        }
+        finish(process, &left.plan.traps)?;
+        times.barriers += 2;
+        trap::withdraw(None);
+        times.count_traps(&left.table);
+        self.unfinished = None;
+        Ok(())
+    }
+
+    /// A thread that blocks SIGTRAP would be killed by a trap.
+    fn check_masks(&self, process: &OwnProcess<'_>) -> Result<(), SwitchError> {
+        const TRIES: u32 = 20;
+        let wanted = 1u64 << (libc::SIGTRAP - 1) | 1u64 << (self.look - 1);
+        let pid = process.pid();
+        let mut tries = 0;
+        loop {
+            let threads = procfs::threads(pid).map_err(|e| ProcessError::from_os(pid, "list the threads", e))?;
+            let blocks = |tid: &Tid| procfs::blocked_signals(pid, *tid).is_some_and(|set| set & wanted != 0);
+            let Some(tid) = threads.into_iter().find(blocks) else { return Ok(()) };
+            tries += 1;
+            if tries == TRIES {
+                return Err(SwitchError::Blocked { tid });
+            }
+            // The C library blocks all signals for a moment around the birth of a thread.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl SwitchTimes {
+    fn count(&mut self, looker: &Looker<'_>, _table: &Table) {
+        self.passes += looker.passes;
+        self.signals += looker.signals;
+    }
+
+    fn count_traps(&mut self, table: &Table) {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.trapped += table.trapped.load(Relaxed);
+        self.stayed += table.stayed.load(Relaxed);
+        self.restarted += table.restarted.load(Relaxed);
+        self.interrupted += table.interrupted.load(Relaxed);
+    }
+}
+
+fn table(process: &OwnProcess<'_>, traps: &[Trap], watch: &[Watched]) -> Result<Box<Table>, ProcessError> {
+    let pid = process.pid();
+    let mut traps = traps.to_vec();
+    traps.sort_by_key(|t| t.at);
+    let maps: Vec<Mapping> = process.mappings()?;
+    let count = procfs::threads(pid).map_err(|e| ProcessError::from_os(pid, "list the threads", e))?.len();
+    Ok(Box::new(Table {
+        pid,
+        traps,
+        watch: WatchList::new(watch.to_vec()),
+        stacks: StackMap::new(&maps),
+        marks: Marks::new(count),
+        ends: false.into(),
+        trapped: 0.into(),
+        stayed: 0.into(),
+        restarted: 0.into(),
+        interrupted: 0.into(),
+    }))
+}
+
+/// Every entry holds what it should.
+fn check(process: &OwnProcess<'_>, traps: &[Trap]) -> Result<(), SwitchError> {
+    for t in traps {
+        let there = process.read_vec(t.at, t.before.len() as u64);
+        if there.as_deref() != Ok(&t.before) {
+            return Err(SwitchError::Changed { function: t.function.clone(), at: t.at });
+        }
+    }
+    Ok(())
+}
+
+/// Waits until no sleeping thread is inside, without a trap: calls cost what they always do meanwhile. Proves nothing.
+fn wait_until_left(process: &OwnProcess<'_>, table: &Table, look: i32, tables: &dyn Fn() -> Cfi, deadline: Instant) {
+    let mut looker = Looker::new(process, table, look, tables);
+    while looker.some_sleep_inside() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn barrier(process: &OwnProcess<'_>) -> Result<(), ProcessError> {
+    sys::make_code_seen().map_err(|e| ProcessError::from_os(process.pid(), "membarrier", e))
+}
+
+/// Sets all traps, or none.
+fn set_traps(process: &mut OwnProcess<'_>, traps: &[Trap]) -> Result<(), ProcessError> {
+    for (i, t) in traps.iter().enumerate() {
+        if let Err(e) = process.write_code(t.at, &[INT3]) {
+            for done in traps.iter().take(i) {
+                process.write_code(done.at, &done.before[..1])?;
+            }
+            barrier(process)?;
+            return Err(e);
+        }
+    }
+    barrier(process)
+}
+
+/// Writes what is to stand at each entry, whose first byte is a trap and where no thread is.
+fn finish(process: &mut OwnProcess<'_>, traps: &[Trap]) -> Result<(), ProcessError> {
+    for t in traps {
+        let behind = ProcAddr(t.at.0 + 1);
+        process.write_code(behind, &t.after[1..])?;
+    }
+    barrier(process)?;
+    for t in traps {
+        process.write_code(t.at, &t.after[..1])?;
+    }
+    barrier(process)
+}

@@ -1,0 +1,101 @@
+//! The system calls of a switch, as safe functions.
+//!
+//! Contract of the `unsafe` in this module: every pointer that a call gets is to a local value or to a slice of the caller that outlives
+//! the call, with the length that it has; or the call takes numbers only.
+#![allow(unsafe_code)]
+
+use std::io;
+
+use libc::{c_int, c_long};
+
+use crate::addr::ProcAddr;
+use crate::process::{Pid, Tid};
+
+fn check(result: c_long) -> io::Result<c_long> {
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Lets [`make_code_seen`] work in this process.
+pub fn register_barrier() -> io::Result<()> {
+    const REGISTER_PRIVATE_EXPEDITED_SYNC_CORE: c_int = 1 << 6;
+    // SAFETY: numbers only.
+    check(unsafe { libc::syscall(libc::SYS_membarrier, REGISTER_PRIVATE_EXPEDITED_SYNC_CORE, 0, 0) }).map(drop)
+}
+
+/// When it returns, every thread of this process executes what was written to code before (membarrier(2), SYNC_CORE).
+pub fn make_code_seen() -> io::Result<()> {
+    const PRIVATE_EXPEDITED_SYNC_CORE: c_int = 1 << 5;
+    // SAFETY: numbers only.
+    check(unsafe { libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED_SYNC_CORE, 0, 0) }).map(drop)
+}
+
+/// Sends a signal to one thread of this process.
+pub fn send(pid: Pid, tid: Tid, signal: c_int) -> io::Result<()> {
+    // SAFETY: numbers only.
+    check(unsafe { libc::syscall(libc::SYS_tgkill, pid.0, tid.0, signal) }).map(drop)
+}
+
+/// The calling thread.
+pub fn own_tid() -> Tid {
+    // SAFETY: it takes nothing and cannot fail.
+    Tid(unsafe { libc::gettid() })
+}
+
+/// Reads memory of this process that need not be there, all or nothing. Safe in a signal handler; changes errno.
+pub fn read_own(pid: Pid, at: ProcAddr, buf: &mut [u8]) -> bool {
+    let local = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    let remote = libc::iovec { iov_base: at.0 as usize as *mut libc::c_void, iov_len: buf.len() };
+    // SAFETY: the local part is the caller's slice, the remote one is an address that the kernel checks.
+    let got = unsafe { libc::process_vm_readv(pid.0, &raw const local, 1, &raw const remote, 1, 0) };
+    usize::try_from(got).is_ok_and(|n| n == buf.len())
+}
+
+/// Where the list of robust futexes of a thread of this process is: in its control block, if the C library set it.
+pub fn control_block(tid: Tid) -> Option<ProcAddr> {
+    let (mut head, mut len) = (0u64, 0usize);
+    // SAFETY: two locals for the two results.
+    let result = unsafe { libc::syscall(libc::SYS_get_robust_list, tid.0, &raw mut head, &raw mut len) };
+    (result == 0 && head != 0).then_some(ProcAddr(head))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own_pid() -> Pid {
+        Pid(std::process::id().cast_signed())
+    }
+
+    #[test]
+    fn own_memory_is_read_if_it_is_there() {
+        let value = 0x1122_3344_5566_7788_u64;
+        let mut buf = [0; 8];
+        assert!(read_own(own_pid(), ProcAddr(std::ptr::from_ref(&value) as u64), &mut buf));
+        assert_eq!(u64::from_le_bytes(buf), value);
+        assert!(!read_own(own_pid(), ProcAddr(16), &mut buf));
+    }
+
+    #[test]
+    fn a_control_block_lies_above_the_stack() {
+        let here = 0u8;
+        std::thread::scope(|s| {
+            let above = s.spawn(|| {
+                let local = 0u8;
+                control_block(own_tid()).is_some_and(|c| c.0 > std::ptr::from_ref(&local) as u64)
+            });
+            assert!(above.join().unwrap());
+        });
+        let _ = here;
+        assert!(control_block(Tid(i32::MAX)).is_none());
+    }
+
+    #[test]
+    fn a_barrier_needs_to_be_registered_once() {
+        register_barrier().unwrap();
+        make_code_seen().unwrap();
+    }
+}

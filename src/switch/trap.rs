@@ -1,0 +1,402 @@
+//! The signal handlers of a switch: a thread that traps judges itself, and one that is asked to looks at itself.
+//!
+//! What runs here runs in signal handlers: no lock, no allocation, no panic, little stack, and `errno` stays as it was.
+//!
+//! Contract of the `unsafe` in this module:
+//! 1. `ACTIVE` holds null or a table that lives until [`withdraw`] has seen that no handler is inside: a handler counts itself in before
+//!    it reads the pointer and out after its last use of it;
+//! 2. the kernel hands a handler a `siginfo_t` and a `ucontext_t` that are its own until it returns;
+//! 3. `COPY` is written by the one handler that changed its state from asked to busy, and read by the one thread that asked, once the state
+//!    says that it is done.
+#![allow(unsafe_code)]
+
+use std::cell::UnsafeCell;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use libc::{c_int, c_void, siginfo_t, ucontext_t};
+
+use super::marks::{Mark, Marks};
+use super::sys;
+use crate::addr::ProcAddr;
+use crate::plan::sites::Trap;
+use crate::process::{HeldThread, Pid, Registers, Tid};
+use crate::quiesce::StackMap;
+use crate::stack::WatchList;
+
+/// What is called for a SIGTRAP that is not ours.
+pub type PassOn = unsafe fn(c_int, *mut siginfo_t, *mut c_void);
+
+/// Bytes of a stack that a handler reads at once.
+const CHUNK: usize = 1024;
+
+/// `int3`.
+pub const INT3: u8 = 0xcc;
+
+/// Everything that handlers need of a switch.
+pub struct Table {
+    pub pid: Pid,
+    /// By address.
+    pub traps: Vec<Trap>,
+    /// What no thread may be in that enters the other code.
+    pub watch: WatchList,
+    pub stacks: StackMap,
+    pub marks: Marks,
+    /// All threads that there were are clear: whoever is new was born by one that was.
+    pub ends: AtomicBool,
+    pub trapped: AtomicU64,
+    pub stayed: AtomicU64,
+    pub restarted: AtomicU64,
+    pub interrupted: AtomicU64,
+}
+
+static ACTIVE: AtomicPtr<Table> = AtomicPtr::new(std::ptr::null_mut());
+static INSIDE: AtomicUsize = AtomicUsize::new(0);
+static PASS_ON: AtomicUsize = AtomicUsize::new(0);
+
+const IDLE: u32 = 0;
+const ASKED: u32 = 1;
+const BUSY: u32 = 2;
+const CLEAR: u32 = 3;
+const COPIED: u32 = 4;
+const TOO_LONG: u32 = 5;
+
+/// Bytes of a stack that are copied to be unwound.
+const COPY_BYTES: usize = 256 << 10;
+
+struct Copy {
+    state: AtomicU32,
+    tid: AtomicI32,
+    what: UnsafeCell<CopyOf>,
+}
+
+struct CopyOf {
+    thread: HeldThread,
+    len: usize,
+    bytes: [u8; COPY_BYTES],
+}
+
+// SAFETY: contract 3: one writes, then one reads.
+unsafe impl Sync for Copy {}
+
+static COPY: Copy = Copy {
+    state: AtomicU32::new(IDLE),
+    tid: AtomicI32::new(0),
+    what: UnsafeCell::new(CopyOf {
+        thread: HeldThread {
+            tid: Tid(0),
+            is_main: false,
+            registers: Registers { general: [0; 16], pc: ProcAddr(0), fs_base: ProcAddr(0) },
+        },
+        len: 0,
+        bytes: [0; COPY_BYTES],
+    }),
+};
+
+/// What a thread that was asked found.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is clear, and marked so.
+    Clear,
+    /// It may not be: its registers and its stack, to be unwound.
+    Perhaps(HeldThread, Vec<u8>),
+    /// Its stack is unknown or too long to copy.
+    Unknown,
+    /// It did not come to answer.
+    Late,
+}
+
+/// Installs the handlers, for SIGTRAP and for the signal by which threads are asked to look at themselves. Both stay for good: a trap may
+/// come late.
+pub fn install(look: c_int, pass_on: PassOn) -> io::Result<()> {
+    PASS_ON.store(pass_on as usize, Ordering::SeqCst);
+    set_handler(libc::SIGTRAP, on_trap)?;
+    set_handler(look, on_look)
+}
+
+type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+
+/// By the system call itself: whatever stands before the C library's sigaction keeps programs from taking these away.
+fn set_handler(signal: c_int, handler: Handler) -> io::Result<()> {
+    #[repr(C)]
+    struct KernelAction {
+        handler: usize,
+        flags: u64,
+        restorer: usize,
+        mask: u64,
+    }
+    const SA_RESTORER: u64 = 0x0400_0000;
+    let flags = (libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK) as u64 | SA_RESTORER;
+    let action = KernelAction { handler: handler as usize, flags, restorer: restore as *const () as usize, mask: 0 };
+    // SAFETY: `action` is a local of the kernel's layout (sigaction(2), "C library/kernel differences"); the handlers keep to the rules above.
+    let result = unsafe {
+        libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, std::ptr::null_mut::<c_void>(), 8usize)
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Where the handlers return to. Byte for byte what debuggers and unwinders know a signal frame by.
+#[unsafe(naked)]
+unsafe extern "C" fn restore() {
+    core::arch::naked_asm!("mov rax, 15", "syscall");
+}
+
+/// Makes a table the one that handlers go by. The one before it, if any, is withdrawn first.
+pub fn publish(table: &Table) {
+    ACTIVE.store(std::ptr::from_ref(table).cast_mut(), Ordering::SeqCst);
+}
+
+/// Puts `next` in the place of the table, or none, and waits until no handler uses the one before.
+pub fn withdraw(next: Option<&Table>) {
+    let next = next.map_or(std::ptr::null_mut(), |t| std::ptr::from_ref(t).cast_mut());
+    ACTIVE.store(next, Ordering::SeqCst);
+    // Handlers that come now use `next`; they go by fast, but there may always be one.
+    let mut seen = 0;
+    while INSIDE.load(Ordering::SeqCst) != 0 {
+        seen += 1;
+        if seen % 64 == 0 {
+            std::thread::sleep(Duration::from_micros(50));
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// Asks a thread to look at itself, and waits for what it finds until `deadline`.
+pub fn ask(pid: Pid, tid: Tid, signal: c_int, deadline: Instant) -> Answer {
+    COPY.tid.store(tid.0, Ordering::SeqCst);
+    COPY.state.store(ASKED, Ordering::SeqCst);
+    if sys::send(pid, tid, signal).is_err() {
+        COPY.state.store(IDLE, Ordering::SeqCst);
+        return Answer::Late;
+    }
+    let mut turns = 0u32;
+    loop {
+        match COPY.state.load(Ordering::SeqCst) {
+            state @ (CLEAR | COPIED | TOO_LONG) => {
+                COPY.state.store(IDLE, Ordering::SeqCst);
+                return match state {
+                    CLEAR => Answer::Clear,
+                    COPIED => {
+                        // SAFETY: 3: the state says that it is done, and nobody writes until the next one is asked.
+                        let copy = unsafe { &*COPY.what.get() };
+                        Answer::Perhaps(copy.thread, copy.bytes.get(..copy.len).unwrap_or(&[]).to_vec())
+                    }
+                    _ => Answer::Unknown,
+                };
+            }
+            ASKED if Instant::now() >= deadline => {
+                let gone = COPY.state.compare_exchange(ASKED, IDLE, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+                if gone {
+                    return Answer::Late;
+                }
+            }
+            _ => {}
+        }
+        turns += 1;
+        if turns > 200 {
+            std::thread::sleep(Duration::from_micros(20));
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+impl Table {
+    /// Whether the thread has no frame in what is watched. In handlers.
+    fn is_clear(&self, thread: &HeldThread) -> bool {
+        let registers = &thread.registers;
+        if self.watch.hits_pc(registers.pc) || registers.general.iter().any(|r| self.watch.hits_word(*r)) {
+            return false;
+        }
+        let Some(extent) = self.stacks.home(thread) else { return false };
+        let mut buffer = [0u8; CHUNK];
+        let mut at = extent.start;
+        while at < extent.end {
+            let left = usize::try_from(extent.end.0 - at.0).unwrap_or(usize::MAX);
+            let Some(part) = buffer.get_mut(..left.min(CHUNK)) else { return false };
+            // By the kernel: what is mapped may have changed since the stacks were looked up.
+            if !sys::read_own(self.pid, at, part) || self.watch.hits_stack(part) {
+                return false;
+            }
+            at = ProcAddr(at.0 + part.len() as u64);
+        }
+        extent.start.0 % 8 == 0
+    }
+
+    /// Judges the calling thread, and marks it.
+    fn judge(&self, thread: &HeldThread) -> bool {
+        let Some(slot) = self.marks.slot(thread.tid) else { return false };
+        let mut is_clear = None;
+        loop {
+            let mark = slot.get();
+            if mark == Mark::Clear {
+                return true;
+            }
+            if self.ends.load(Ordering::SeqCst) || *is_clear.get_or_insert_with(|| self.is_clear(thread)) {
+                if slot.change(mark, Mark::Clear) {
+                    return true;
+                }
+                continue;
+            }
+            let times = if let Mark::Stays(n) = mark { n } else { 0 };
+            // Whoever looks for marks that are not clear sets `ends` first: one of us sees the other.
+            if slot.change(mark, Mark::Stays(times.saturating_add(1))) && !self.ends.load(Ordering::SeqCst) {
+                return false;
+            }
+        }
+    }
+
+    /// Where a thread that trapped at `at` goes on.
+    fn way(&self, at: ProcAddr, thread: &HeldThread) -> Option<ProcAddr> {
+        let trap = self.traps.binary_search_by_key(&at, |t| t.at).ok().and_then(|i| self.traps.get(i))?;
+        self.trapped.fetch_add(1, Ordering::Relaxed);
+        if self.judge(thread) {
+            return Some(trap.to);
+        }
+        self.stayed.fetch_add(1, Ordering::Relaxed);
+        Some(trap.from)
+    }
+}
+
+/// The calling thread as the kernel saved it.
+fn thread_of(context: &ucontext_t, pid: Pid, pc: ProcAddr) -> HeldThread {
+    let r = |i: c_int| context.uc_mcontext.gregs.get(i as usize).map_or(0, |v| v.cast_unsigned());
+    let general = [
+        r(libc::REG_RAX),
+        r(libc::REG_RDX),
+        r(libc::REG_RCX),
+        r(libc::REG_RBX),
+        r(libc::REG_RSI),
+        r(libc::REG_RDI),
+        r(libc::REG_RBP),
+        r(libc::REG_RSP),
+        r(libc::REG_R8),
+        r(libc::REG_R9),
+        r(libc::REG_R10),
+        r(libc::REG_R11),
+        r(libc::REG_R12),
+        r(libc::REG_R13),
+        r(libc::REG_R14),
+        r(libc::REG_R15),
+    ];
+    let fs: u64;
+    // SAFETY: the first word of a thread's control block is its own address (ELF handling for thread-local storage, x86-64).
+    unsafe { core::arch::asm!("mov {}, fs:[0]", out(reg) fs, options(nostack, preserves_flags, readonly)) };
+    let tid = sys::own_tid();
+    HeldThread { tid, is_main: tid.0 == pid.0, registers: Registers { general, pc, fs_base: ProcAddr(fs) } }
+}
+
+/// Where errno is.
+fn errno() -> *mut c_int {
+    // SAFETY: it takes nothing and cannot fail.
+    unsafe { libc::__errno_location() }
+}
+
+extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    const SI_KERNEL: c_int = 0x80;
+    // SAFETY: errno of the calling thread is readable.
+    let saved = unsafe { *errno() };
+    // SAFETY: 2.
+    let (by_int3, uc) = unsafe { ((*info).si_code == SI_KERNEL, &mut *context.cast::<ucontext_t>()) };
+    let rip = uc.uc_mcontext.gregs[libc::REG_RIP as usize].cast_unsigned();
+    let at = ProcAddr(rip.wrapping_sub(1));
+    let mut to = None;
+    if by_int3 {
+        INSIDE.fetch_add(1, Ordering::SeqCst);
+        let table = ACTIVE.load(Ordering::SeqCst);
+        // SAFETY: 1.
+        if let Some(table) = unsafe { table.as_ref() } {
+            to = table.way(at, &thread_of(uc, table.pid, at));
+        }
+        INSIDE.fetch_sub(1, Ordering::SeqCst);
+        if to.is_none() {
+            // SAFETY: an instruction has just been executed there.
+            let there = unsafe { (at.0 as *const u8).read_volatile() };
+            // The trap was there when this thread came, and is gone: the instruction that stands there now is executed.
+            to = (there != INT3).then_some(at);
+        }
+    }
+    // SAFETY: as above.
+    unsafe { *errno() = saved };
+    match to {
+        Some(to) => uc.uc_mcontext.gregs[libc::REG_RIP as usize] = to.0.cast_signed(),
+        None => {
+            let pass_on = PASS_ON.load(Ordering::SeqCst);
+            if pass_on != 0 {
+                // SAFETY: only `install` writes it, a `PassOn`; it gets what the kernel gave us.
+                unsafe { std::mem::transmute::<usize, PassOn>(pass_on)(signal, info, context) };
+            }
+        }
+    }
+}
+
+extern "C" fn on_look(_signal: c_int, _info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: errno of the calling thread is readable.
+    let saved = unsafe { *errno() };
+    // SAFETY: 2.
+    let uc = unsafe { &mut *context.cast::<ucontext_t>() };
+    INSIDE.fetch_add(1, Ordering::SeqCst);
+    // SAFETY: 1.
+    if let Some(table) = unsafe { ACTIVE.load(Ordering::SeqCst).as_ref() } {
+        let pc = ProcAddr(uc.uc_mcontext.gregs[libc::REG_RIP as usize].cast_unsigned());
+        let thread = thread_of(uc, table.pid, pc);
+        look(table, &thread);
+        go_on(table, uc);
+    }
+    INSIDE.fetch_sub(1, Ordering::SeqCst);
+    // SAFETY: as above.
+    unsafe { *errno() = saved };
+}
+
+fn look(table: &Table, thread: &HeldThread) {
+    let slot = table.marks.slot(thread.tid);
+    let before = slot.as_ref().map(super::marks::Slot::get);
+    let clear = table.is_clear(thread);
+    if let (true, Some(slot), Some(before)) = (clear, &slot, before) {
+        slot.change(before, Mark::Clear);
+    }
+    let asked = COPY.tid.load(Ordering::SeqCst) == thread.tid.0
+        && COPY.state.compare_exchange(ASKED, BUSY, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+    if !asked {
+        return;
+    }
+    if clear {
+        COPY.state.store(CLEAR, Ordering::SeqCst);
+        return;
+    }
+    let extent = table.stacks.home(thread).filter(|e| e.len_bytes() <= COPY_BYTES as u64);
+    // SAFETY: 3: the state is busy, so only this handler touches it.
+    let copy = unsafe { &mut *COPY.what.get() };
+    let len = extent.map_or(0, |e| usize::try_from(e.len_bytes()).unwrap_or(0));
+    let read = extent.zip(copy.bytes.get_mut(..len)).is_some_and(|(e, part)| sys::read_own(table.pid, e.start, part));
+    copy.thread = *thread;
+    copy.len = len;
+    COPY.state.store(if read { COPIED } else { TOO_LONG }, Ordering::SeqCst);
+}
+
+/// A system call that the look has interrupted is made again, where it is known how it was made.
+fn go_on(table: &Table, uc: &mut ucontext_t) {
+    const CLOSE: i64 = libc::SYS_close;
+    let gregs = &mut uc.uc_mcontext.gregs;
+    if gregs[libc::REG_RAX as usize] != -i64::from(libc::EINTR) {
+        return;
+    }
+    // mov eax, NUMBER; syscall
+    let mut code = [0u8; 7];
+    let rip = gregs[libc::REG_RIP as usize].cast_unsigned();
+    let read = sys::read_own(table.pid, ProcAddr(rip.wrapping_sub(7)), &mut code);
+    let [0xb8, n @ .., 0x0f, 0x05] = code else {
+        table.interrupted.fetch_add(u64::from(read && code[5..] == [0x0f, 0x05]), Ordering::Relaxed);
+        return;
+    };
+    if read && i64::from(i32::from_le_bytes(n)) != CLOSE {
+        gregs[libc::REG_RIP as usize] = rip.wrapping_sub(7).cast_signed();
+        table.restarted.fetch_add(1, Ordering::Relaxed);
+    }
+}
