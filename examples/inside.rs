@@ -1,13 +1,13 @@
 //! A program that patches itself: it loads a library, lets it start threads of its own, and applies patches of that library while they run.
 //!
 //! ```text
-//! inside LIBRARY.so          then, on standard input: apply FIX.so | revert | ask QUESTION | quit
+//! inside LIBRARY.so          then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
 //! ```
 //!
-//! The library has `void start(void)` and `long ask(const char *question)`.
+//! The library has `void start(void)` and `const char *ask(const char *question)`.
 #![allow(unsafe_code)]
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void, CString};
 use std::io::BufRead;
 use std::time::Duration;
 
@@ -18,6 +18,44 @@ use livepatch::switch::Switcher;
 /// A trap that is not ours ends the program, as it would without us.
 unsafe fn pass_on(_signal: c_int, _info: *mut libc::siginfo_t, _context: *mut c_void) {
     std::process::abort();
+}
+
+/// Applies and reverts so often; the figures of all, in JSON.
+fn flip(
+    count: u32,
+    path: &str,
+    options: &Options,
+    switcher: &mut Switcher,
+) -> Result<serde_json::Value, Box<dyn std::error::Error>> {
+    let patch = PatchFile::parse(&std::fs::read(path)?)?;
+    let (mut trapping, mut failures, mut applied) = (Vec::new(), std::collections::BTreeMap::new(), false);
+    let mut sums = [0u64; 5];
+    for _ in 0..count {
+        let mut process = Patcher::open_own()?;
+        let done = if applied {
+            process.revert_within(None, options, switcher)
+        } else {
+            process.apply_within(&patch, options, switcher)
+        };
+        match done.map(|report| report.within) {
+            Ok(within) => {
+                applied = !applied;
+                let Some(w) = within else { continue };
+                trapping.push(w.trapping_us);
+                let more = [w.trapped, w.stayed, w.signals, w.restarted, w.interrupted];
+                sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+            }
+            Err(e) => *failures.entry(e.to_string()).or_insert(0u32) += 1,
+        }
+    }
+    trapping.sort_by(f64::total_cmp);
+    let at = |share: f64| trapping.get((trapping.len().saturating_sub(1) as f64 * share) as usize);
+    let [trapped, stayed, signals, restarted, interrupted] = sums;
+    Ok(serde_json::json!({
+        "flips": trapping.len(), "failures": failures,
+        "trapping_us": {"min": at(0.0), "median": at(0.5), "p99": at(0.99), "max": at(1.0)},
+        "trapped": trapped, "stayed": stayed, "signals": signals, "restarted": restarted, "interrupted": interrupted,
+    }))
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -31,7 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         assert!(!start.is_null() && !ask.is_null(), "it has no start or no ask");
         (
             std::mem::transmute::<*mut c_void, extern "C" fn()>(start),
-            std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char) -> i64>(ask),
+            std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char) -> *const c_char>(ask),
         )
     };
     let mut switcher = Switcher::install(libc::SIGRTMAX() - 3, pass_on)?;
@@ -46,9 +84,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let patch = PatchFile::parse(&std::fs::read(rest)?)?;
                 Patcher::open_own().and_then(|mut p| p.apply_within(&patch, &options, &mut switcher))
             }
+            "flip" => {
+                let (count, path) = rest.split_once(' ').ok_or("flip COUNT FIX.so")?;
+                println!("{}", flip(count.parse()?, path, &options, &mut switcher)?);
+                continue;
+            }
             "revert" => Patcher::open_own().and_then(|mut p| p.revert_within(None, &options, &mut switcher)),
             "ask" => {
-                println!("{}", ask(CString::new(rest)?.as_ptr()));
+                let question = CString::new(rest)?;
+                // SAFETY: it gives a text that ends with a zero byte, until it is asked again.
+                println!("{}", unsafe { std::ffi::CStr::from_ptr(ask(question.as_ptr())) }.to_string_lossy());
                 continue;
             }
             _ => break,

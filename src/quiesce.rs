@@ -34,6 +34,12 @@ impl StackMap {
         }
     }
 
+    /// Whether this is on the stack that the kernel gave the process.
+    #[must_use]
+    pub fn is_main(&self, sp: ProcAddr) -> bool {
+        self.main.is_some_and(|m| m.start.0.saturating_sub(GROWTH) <= sp.0 && sp < m.end)
+    }
+
     /// From the thread's stack pointer to the end of its home stack; `None` if it stands on another stack.
     ///
     /// A thread's control block lies above all its frames, so a mapping that holds both also holds the root.

@@ -4,13 +4,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::{replaced, Error, NotQuiescent, Options, Patcher, Report};
 use crate::image::Image;
-use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
 use crate::plan::Refusal;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
-use crate::process::ptrace::PtraceProcess;
 use crate::process::{HeldThread, IdleCheck, Pid, Process};
 use crate::registry::{self, Confirmation, Share};
 use crate::stack::{Cfi, Watched};
@@ -74,11 +72,14 @@ impl Patcher {
             report.already = true;
             return Ok(report);
         };
+        // What runs in the handlers of a switch must not trap itself.
+        if let Some(own) = patch.manifest.functions.iter().find(|f| f.demangled.contains("livepatch::")) {
+            return Err(outside(format!("{} is the agent's own code", own.demangled)));
+        }
         if is_c_library(&self.images, &planned.watched()) {
             return Err(outside("the C library blocks signals by itself"));
         }
         let returns = super::signal_returns(&self.process, &self.images, &self.maps);
-        let tables = Tables::of(&self.images)?;
         let mut own = OwnProcess::new(&mut self.process)?;
         let mut staged = planned.stage(&mut own, deadline)?;
         if staged.wants_registration() {
@@ -96,7 +97,8 @@ impl Patcher {
         let leave = with_returns(crate::transaction::relax(&consistency, staged.watched()));
         let back = with_returns(staged.watched_new());
         let plan = Plan { traps, leave, back };
-        let switched = switcher.run(staged.process(), plan, Instant::now() + options.timeout, &|| tables.load());
+        let cfi = load_tables(staged.process(), &self.images)?;
+        let switched = switcher.run(staged.process(), plan, Instant::now() + options.timeout, &cfi);
         match switched {
             Ok(times) => {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -155,9 +157,9 @@ impl Patcher {
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
         let leave = with_returns(crate::transaction::relax(&options.consistency, applied.watched()));
         let plan = Plan { traps, leave, back: with_returns(applied.watched_old()) };
-        let tables = Tables::of(&self.images)?;
         let mut own = OwnProcess::new(&mut self.process)?;
-        let switched = switcher.run(&mut own, plan, Instant::now() + options.timeout, &|| tables.load());
+        let cfi = load_tables(&own, &self.images)?;
+        let switched = switcher.run(&mut own, plan, Instant::now() + options.timeout, &cfi);
         match switched {
             Ok(times) => {
                 report.entries = applied.switched(&mut own)?.entries;
@@ -171,10 +173,10 @@ impl Patcher {
     /// The own process is one that can be switched now: what is left of a switch before is done, and the images are known.
     fn ready(&mut self, options: &Options, switcher: &mut Switcher) -> Result<(), Error> {
         if switcher.is_unfinished() {
-            let tables = Tables::of(&self.images)?;
             let mut own = OwnProcess::new(&mut self.process)?;
+            let cfi = load_tables(&own, &self.images)?;
             let until = Instant::now() + options.timeout;
-            switcher.try_to_finish(&mut own, until, &|| tables.load(), &mut SwitchTimes::default())?;
+            switcher.try_to_finish(&mut own, until, &cfi, &mut SwitchTimes::default())?;
             if switcher.is_unfinished() {
                 return Err(NotQuiescent {
                     reason: "a switch before it is still to be taken back".into(),
@@ -195,27 +197,15 @@ fn is_c_library(images: &[Image], code: &[Watched]) -> bool {
     statics || images.iter().filter(|i| libc(i)).any(|i| code.iter().any(|w| i.range.overlaps(&w.range)))
 }
 
-/// Reads the unwind tables of everything, once they are needed: by a view of the process of its own.
-struct Tables<'a> {
-    process: PtraceProcess,
-    images: &'a [Image],
-}
-
-impl<'a> Tables<'a> {
-    fn of(images: &'a [Image]) -> Result<Self, Error> {
-        Ok(Self { process: PtraceProcess::open(Pid(std::process::id().cast_signed()))?, images })
-    }
-
-    fn load(&self) -> Cfi {
-        let mut cfi = Cfi::load(&self.process, self.images);
-        let maps: Vec<Mapping> = self.process.mappings().unwrap_or_default();
-        for found in registry::find(&self.process, &maps).unwrap_or_default() {
-            if let Some(table) = found.payload.eh_frame.and_then(|t| t.range()) {
-                cfi.add_patch(&self.process, found.region, table.start, table.len_bytes());
-            }
+/// The unwind tables of everything, patches included.
+fn load_tables(process: &OwnProcess<'_>, images: &[Image]) -> Result<Cfi, Error> {
+    let mut cfi = Cfi::load(process, images);
+    for found in registry::find(process, &process.mappings()?).unwrap_or_default() {
+        if let Some(table) = found.payload.eh_frame.and_then(|t| t.range()) {
+            cfi.add_patch(process, found.region, table.start, table.len_bytes());
         }
-        cfi
     }
+    Ok(cfi)
 }
 
 fn not_switched(pid: Pid, error: SwitchError) -> Error {

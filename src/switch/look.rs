@@ -19,6 +19,9 @@ const ARGUMENTS: [usize; 6] = [5, 4, 1, 10, 8, 9];
 /// How long a thread may take to answer a signal in one pass.
 const ANSWER: Duration = Duration::from_millis(10);
 
+/// So many times some 70 µs those that were asked have to mark themselves, before each is asked for its stack.
+const TURNS: u32 = 20;
+
 /// A sleeping thread whose stack could not be followed so often is asked by a signal.
 const PATIENCE: u32 = 4;
 
@@ -35,17 +38,18 @@ pub struct Looker<'a> {
     pub memory: &'a dyn ReadMemory,
     pub table: &'a Table,
     pub look: i32,
-    pub tables: &'a dyn Fn() -> Cfi,
-    pub cfi: Option<Cfi>,
+    pub cfi: &'a Cfi,
     pub signals: u64,
     pub passes: u32,
     /// How often a sleeping thread's stack could not be followed.
     unproven: HashMap<Tid, u32>,
+    scan: Checker<'a>,
 }
 
 impl<'a> Looker<'a> {
-    pub fn new(memory: &'a dyn ReadMemory, table: &'a Table, look: i32, tables: &'a dyn Fn() -> Cfi) -> Self {
-        Self { memory, table, look, tables, cfi: None, signals: 0, passes: 0, unproven: HashMap::new() }
+    pub fn new(memory: &'a dyn ReadMemory, table: &'a Table, look: i32, cfi: &'a Cfi) -> Self {
+        let scan = Checker::new(&table.watch, &table.stacks, None);
+        Self { memory, table, look, cfi, signals: 0, passes: 0, unproven: HashMap::new(), scan }
     }
 
     fn pid(&self) -> Pid {
@@ -118,7 +122,7 @@ impl<'a> Looker<'a> {
                 Seen::Inside(inside) => {
                     let times = self.unproven.entry(tid).or_default();
                     *times += 1;
-                    if !inside.certain && *times % PATIENCE == 0 {
+                    if !inside.certain && times.is_multiple_of(PATIENCE) {
                         runs.push(tid);
                     }
                     last = Some(inside);
@@ -133,16 +137,15 @@ impl<'a> Looker<'a> {
         let pid = self.pid();
         let until = deadline.min(Instant::now() + ANSWER);
         let is_clear = |tid: &&Tid| self.table.marks.slot(**tid).is_some_and(|s| s.get() == Mark::Clear);
+        let own = sys::own_tid();
         // All at once: those that find nothing mark themselves, and nothing has to be copied.
-        for tid in tids {
+        for tid in tids.iter().filter(|t| **t != own) {
             self.signals += u64::from(sys::send(pid, *tid, self.look).is_ok());
         }
         let mut turns = 0u32;
-        while !tids.iter().all(|t| is_clear(&t)) && Instant::now() < until {
+        // This very thread has addresses of what is watched on its stack: it is asked below, and unwound.
+        while !tids.iter().all(|t| *t == own || is_clear(&t)) && Instant::now() < until && turns < TURNS {
             turns += 1;
-            if turns > 100 {
-                break;
-            }
             std::thread::sleep(Duration::from_micros(20));
         }
         let left: Vec<Tid> = tids.iter().filter(|t| !is_clear(t)).copied().collect();
@@ -174,6 +177,9 @@ impl<'a> Looker<'a> {
     /// A thread that sleeps, by what /proc says of it and its stack: it did not run between two counts that are the same.
     fn asleep(&mut self, tid: Tid) -> Seen {
         let pid = self.pid();
+        if tid == sys::own_tid() {
+            return Seen::Runs;
+        }
         let runs = procfs::run_count(pid, tid);
         let Some(blocked) = procfs::blocked_in(pid, tid) else {
             return if procfs::thread_exists(pid, tid) { Seen::Runs } else { Seen::Gone };
@@ -189,11 +195,10 @@ impl<'a> Looker<'a> {
         // As good as the control block itself: both lie above the stack, in one mapping with it.
         let fs_base = sys::control_block(tid).unwrap_or(ProcAddr(0));
         let registers = Registers { general, pc: ProcAddr(blocked.pc), fs_base };
-        let thread = HeldThread { tid, is_main: tid.0 == pid.0, registers };
-        let table = self.table;
-        let mut checker = Checker::new(&table.watch, &table.stacks, None);
-        let extent = checker.extent(&thread);
-        let found = if checker.is_clear(&thread, extent, &[], self.memory) { None } else { self.inside(&thread) };
+        let thread = HeldThread { tid, is_main: self.table.stacks.is_main(registers.sp()), registers };
+        let extent = self.scan.extent(&thread);
+        let clear = self.scan.is_clear(&thread, extent, &[], self.memory);
+        let found = if clear { None } else { self.inside(&thread) };
         let Some(inside) = found else {
             return if procfs::run_count(pid, tid) == runs { Seen::Clear } else { Seen::Runs };
         };
@@ -201,15 +206,14 @@ impl<'a> Looker<'a> {
     }
 
     /// Whether a sleeping thread, of which few registers are known, has a frame in what is watched.
-    fn inside(&mut self, thread: &HeldThread) -> Option<Inside> {
+    fn inside(&self, thread: &HeldThread) -> Option<Inside> {
         let (watch, mut live) = (&self.table.watch, None);
         let mut look = |frame: Frame| {
             let found = if frame.exact { watch.live_at(frame.pc) } else { watch.live_return(frame.pc) };
             live = live.take().or(found.map(|w| w.name.clone()));
         };
-        let cfi = self.cfi.get_or_insert_with(self.tables);
         let walked =
-            Unwinder::new(cfi, self.memory).walk_blocked(thread.registers.sp(), thread.registers.pc, &mut look);
+            Unwinder::new(self.cfi, self.memory).walk_blocked(thread.registers.sp(), thread.registers.pc, &mut look);
         match (live, walked) {
             (None, Ok(())) => None,
             (function, _) => Some(Inside { tid: thread.tid, certain: function.is_some(), function }),
@@ -217,11 +221,10 @@ impl<'a> Looker<'a> {
     }
 
     /// Whether a thread that copied its registers and stack had a frame in what is watched.
-    fn unwound(&mut self, thread: &HeldThread, stack: &[u8]) -> Option<Inside> {
+    fn unwound(&self, thread: &HeldThread, stack: &[u8]) -> Option<Inside> {
         let snapshot = Snapshot { at: thread.registers.sp(), bytes: stack.to_vec() };
         let memory = snapshot.over(self.memory);
-        let cfi = self.cfi.get_or_insert_with(self.tables);
-        let mut checker = Checker::new(&self.table.watch, &self.table.stacks, Some(cfi));
+        let mut checker = Checker::new(&self.table.watch, &self.table.stacks, Some(self.cfi));
         let extent = checker.extent(thread);
         if checker.is_clear(thread, extent, stack, &memory) {
             return None;

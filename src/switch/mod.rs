@@ -15,7 +15,7 @@ use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 use crate::plan::sites::Trap;
 use crate::process::own::OwnProcess;
-use crate::process::ptrace::procfs;
+use crate::process::ptrace::{procfs, Priority};
 use crate::process::{Process, ProcessError, Tid};
 use crate::quiesce::StackMap;
 use crate::stack::{Cfi, WatchList, Watched};
@@ -158,7 +158,7 @@ impl Switcher {
 
     /// Leads every thread from the one code to the other, by `deadline`; taking back may take as long again.
     ///
-    /// `tables` reads the unwind tables of all images, once one is needed.
+    /// `cfi` has the unwind tables of all images, patches included.
     ///
     /// # Errors
     ///
@@ -168,14 +168,16 @@ impl Switcher {
         process: &mut OwnProcess<'_>,
         plan: Plan,
         deadline: Instant,
-        tables: &dyn Fn() -> Cfi,
+        cfi: &Cfi,
     ) -> Result<SwitchTimes, SwitchError> {
         let patience = deadline.saturating_duration_since(Instant::now());
         check(process, &plan.traps)?;
         self.check_masks(process)?;
         let table = table(process, &plan.traps, &plan.leave)?;
         let mut times = SwitchTimes::default();
-        wait_until_left(process, &table, self.look, tables, Instant::now() + patience / 4);
+        wait_until_left(process, &table, self.look, cfi, Instant::now() + patience / 4);
+        // Calls trap until this thread has looked at all others: it should not have to wait for a CPU, where that is allowed.
+        let _priority = Priority::raise();
         trap::publish(&table);
         let began = Instant::now();
         if let Err(e) = set_traps(process, &plan.traps) {
@@ -183,7 +185,8 @@ impl Switcher {
             return Err(e.into());
         }
         times.barriers += 1;
-        let mut looker = Looker::new(process, &table, self.look, tables);
+        table.armed.store(true, std::sync::atomic::Ordering::SeqCst);
+        let mut looker = Looker::new(process, &table, self.look, cfi);
         let looked = looker.until_clear(deadline).and_then(|count| {
             // Children of vfork run on the stack of a thread that sleeps.
             if process.has_sharers() {
@@ -210,7 +213,7 @@ impl Switcher {
             Err(inside) => {
                 let turned =
                     Plan { traps: plan.traps.iter().map(Trap::turned).collect(), leave: plan.back, back: plan.leave };
-                let result = self.take_back(process, table, turned, Instant::now() + patience, tables, &mut times);
+                let result = self.take_back(process, table, turned, Instant::now() + patience, cfi, &mut times);
                 times.trapping_ns = nanoseconds(began);
                 result?;
                 if self.unfinished.is_some() {
@@ -228,15 +231,16 @@ impl Switcher {
         before: Box<Table>,
         turned: Plan,
         deadline: Instant,
-        tables: &dyn Fn() -> Cfi,
+        cfi: &Cfi,
         times: &mut SwitchTimes,
     ) -> Result<(), ProcessError> {
         let table = table(process, &turned.traps, &turned.leave)?;
+        table.armed.store(true, std::sync::atomic::Ordering::SeqCst);
         trap::withdraw(Some(&table));
         times.count_traps(&before);
         drop(before);
         self.unfinished = Some(Box::new(Unfinished { plan: turned, table }));
-        self.try_to_finish(process, deadline, tables, times)
+        self.try_to_finish(process, deadline, cfi, times)
     }
 
     /// Goes on with what could not be taken back before; whether that is done, [`is_unfinished`](Self::is_unfinished) tells.
@@ -248,11 +252,11 @@ impl Switcher {
         &mut self,
         process: &mut OwnProcess<'_>,
         deadline: Instant,
-        tables: &dyn Fn() -> Cfi,
+        cfi: &Cfi,
         times: &mut SwitchTimes,
     ) -> Result<(), ProcessError> {
         let Some(left) = &self.unfinished else { return Ok(()) };
-        let mut looker = Looker::new(process, &left.table, self.look, tables);
+        let mut looker = Looker::new(process, &left.table, self.look, cfi);
         let looked = looker.until_clear(deadline);
         times.count(&looker, &left.table);
         if looked.is_err() || process.has_sharers() {
@@ -268,7 +272,7 @@ impl Switcher {
 
     /// A thread that blocks SIGTRAP would be killed by a trap.
     fn check_masks(&self, process: &OwnProcess<'_>) -> Result<(), SwitchError> {
-        const TRIES: u32 = 20;
+        const TRIES: u32 = 200;
         let wanted = 1u64 << (libc::SIGTRAP - 1) | 1u64 << (self.look - 1);
         let pid = process.pid();
         let mut tries = 0;
@@ -314,9 +318,10 @@ fn table(process: &OwnProcess<'_>, traps: &[Trap], watch: &[Watched]) -> Result<
     Ok(Box::new(Table {
         pid,
         traps,
-        watch: WatchList::new(watch.to_vec()),
+        watch: WatchList::new(watch.iter().cloned().chain([trap::returns()]).collect()),
         stacks: StackMap::new(&maps),
         marks: Marks::new(count),
+        armed: false.into(),
         ends: false.into(),
         trapped: 0.into(),
         stayed: 0.into(),
@@ -337,8 +342,8 @@ fn check(process: &OwnProcess<'_>, traps: &[Trap]) -> Result<(), SwitchError> {
 }
 
 /// Waits until no sleeping thread is inside, without a trap: calls cost what they always do meanwhile. Proves nothing.
-fn wait_until_left(process: &OwnProcess<'_>, table: &Table, look: i32, tables: &dyn Fn() -> Cfi, deadline: Instant) {
-    let mut looker = Looker::new(process, table, look, tables);
+fn wait_until_left(process: &OwnProcess<'_>, table: &Table, look: i32, cfi: &Cfi, deadline: Instant) {
+    let mut looker = Looker::new(process, table, look, cfi);
     while looker.some_sleep_inside() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }

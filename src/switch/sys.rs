@@ -45,13 +45,42 @@ pub fn own_tid() -> Tid {
     Tid(unsafe { libc::gettid() })
 }
 
-/// Reads memory of this process that need not be there, all or nothing. Safe in a signal handler; changes errno.
-pub fn read_own(pid: Pid, at: ProcAddr, buf: &mut [u8]) -> bool {
+/// Reads memory of this process that need not be there, all or nothing. Safe in a signal handler and in a child of fork; changes errno.
+pub fn read_own(at: ProcAddr, buf: &mut [u8]) -> bool {
+    // SAFETY: it takes nothing and cannot fail.
+    let pid = unsafe { libc::getpid() };
     let local = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     let remote = libc::iovec { iov_base: at.0 as usize as *mut libc::c_void, iov_len: buf.len() };
     // SAFETY: the local part is the caller's slice, the remote one is an address that the kernel checks.
-    let got = unsafe { libc::process_vm_readv(pid.0, &raw const local, 1, &raw const remote, 1, 0) };
+    let got = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
     usize::try_from(got).is_ok_and(|n| n == buf.len())
+}
+
+/// Has `in_child` called in every child of fork(2), before fork returns there.
+pub fn at_fork(in_child: extern "C" fn()) -> io::Result<()> {
+    // SAFETY: a function of the right type; it keeps to what a child of a threaded process may do.
+    match unsafe { libc::pthread_atfork(None, None, Some(in_child)) } {
+        0 => Ok(()),
+        e => Err(io::Error::from_raw_os_error(e)),
+    }
+}
+
+/// Writes entries of this process, a child of fork with one thread; whether all were. Allocates nothing.
+pub fn write_code_of_child(entries: impl Iterator<Item = (ProcAddr, [u8; 5])>) -> bool {
+    // SAFETY: a path that ends with a zero byte.
+    let memory = unsafe { libc::open(c"/proc/self/mem".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    if memory < 0 {
+        return false;
+    }
+    let mut done = true;
+    for (at, bytes) in entries {
+        // SAFETY: `bytes` is a local of that length.
+        let wrote = unsafe { libc::pwrite(memory, bytes.as_ptr().cast(), bytes.len(), at.0.cast_signed()) };
+        done &= usize::try_from(wrote).is_ok_and(|n| n == bytes.len());
+    }
+    // SAFETY: it was opened above.
+    unsafe { libc::close(memory) };
+    done
 }
 
 /// Where the list of robust futexes of a thread of this process is: in its control block, if the C library set it.
@@ -66,17 +95,13 @@ pub fn control_block(tid: Tid) -> Option<ProcAddr> {
 mod tests {
     use super::*;
 
-    fn own_pid() -> Pid {
-        Pid(std::process::id().cast_signed())
-    }
-
     #[test]
     fn own_memory_is_read_if_it_is_there() {
         let value = 0x1122_3344_5566_7788_u64;
         let mut buf = [0; 8];
-        assert!(read_own(own_pid(), ProcAddr(std::ptr::from_ref(&value) as u64), &mut buf));
+        assert!(read_own(ProcAddr(std::ptr::from_ref(&value) as u64), &mut buf));
         assert_eq!(u64::from_le_bytes(buf), value);
-        assert!(!read_own(own_pid(), ProcAddr(16), &mut buf));
+        assert!(!read_own(ProcAddr(16), &mut buf));
     }
 
     #[test]

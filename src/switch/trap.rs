@@ -19,11 +19,12 @@ use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
 use super::marks::{Mark, Marks};
 use super::sys;
-use crate::addr::ProcAddr;
+use crate::addr::{ProcAddr, ProcRange};
+use crate::insn;
 use crate::plan::sites::Trap;
 use crate::process::{HeldThread, Pid, Registers, Tid};
 use crate::quiesce::StackMap;
-use crate::stack::WatchList;
+use crate::stack::{Part, WatchList, Watched};
 
 /// What is called for a SIGTRAP that is not ours.
 pub type PassOn = unsafe fn(c_int, *mut siginfo_t, *mut c_void);
@@ -43,6 +44,8 @@ pub struct Table {
     pub watch: WatchList,
     pub stacks: StackMap,
     pub marks: Marks,
+    /// All traps stand. Before that nobody enters the other code: it would call functions that have no trap yet, and so old ones.
+    pub armed: AtomicBool,
     /// All threads that there were are clear: whoever is new was born by one that was.
     pub ends: AtomicBool,
     pub trapped: AtomicU64,
@@ -112,7 +115,8 @@ pub enum Answer {
 pub fn install(look: c_int, pass_on: PassOn) -> io::Result<()> {
     PASS_ON.store(pass_on as usize, Ordering::SeqCst);
     set_handler(libc::SIGTRAP, on_trap)?;
-    set_handler(look, on_look)
+    set_handler(look, on_look)?;
+    sys::at_fork(in_child)
 }
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
@@ -127,7 +131,8 @@ fn set_handler(signal: c_int, handler: Handler) -> io::Result<()> {
         mask: u64,
     }
     const SA_RESTORER: u64 = 0x0400_0000;
-    let flags = (libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK) as u64 | SA_RESTORER;
+    // Not blocked while it is handled: a switch does not begin while a thread blocks SIGTRAP, and a handler may be preempted for long.
+    let flags = (libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | libc::SA_NODEFER) as u64 | SA_RESTORER;
     let action = KernelAction { handler: handler as usize, flags, restorer: restore as *const () as usize, mask: 0 };
     // SAFETY: `action` is a local of the kernel's layout (sigaction(2), "C library/kernel differences"); the handlers keep to the rules above.
     let result = unsafe {
@@ -144,6 +149,14 @@ fn set_handler(signal: c_int, handler: Handler) -> io::Result<()> {
 #[unsafe(naked)]
 unsafe extern "C" fn restore() {
     core::arch::naked_asm!("mov rax, 15", "syscall");
+}
+
+/// The code that a handler of ours returns to. A word of a stack that leads there means that a thread is in a handler, and perhaps has judged
+/// itself and not yet gone where it decided to: to a function's first byte, which no scan takes for a frame.
+pub fn returns() -> Watched {
+    let start = ProcAddr(restore as *const () as u64);
+    let range = ProcRange { start, end: ProcAddr(start.0 + insn::SIGRETURN[0].len() as u64) };
+    Watched { name: "a signal frame".into(), range, part: Part::SignalReturn }
 }
 
 /// Makes a table the one that handlers go by. The one before it, if any, is withdrawn first.
@@ -221,7 +234,7 @@ impl Table {
             let left = usize::try_from(extent.end.0 - at.0).unwrap_or(usize::MAX);
             let Some(part) = buffer.get_mut(..left.min(CHUNK)) else { return false };
             // By the kernel: what is mapped may have changed since the stacks were looked up.
-            if !sys::read_own(self.pid, at, part) || self.watch.hits_stack(part) {
+            if !sys::read_own(at, part) || self.watch.hits_stack(part) {
                 return false;
             }
             at = ProcAddr(at.0 + part.len() as u64);
@@ -235,10 +248,12 @@ impl Table {
         let mut is_clear = None;
         loop {
             let mark = slot.get();
-            if mark == Mark::Clear {
+            let armed = self.armed.load(Ordering::SeqCst);
+            if armed && mark == Mark::Clear {
                 return true;
             }
-            if self.ends.load(Ordering::SeqCst) || *is_clear.get_or_insert_with(|| self.is_clear(thread)) {
+            let clear = self.ends.load(Ordering::SeqCst) || *is_clear.get_or_insert_with(|| self.is_clear(thread));
+            if armed && clear {
                 if slot.change(mark, Mark::Clear) {
                     return true;
                 }
@@ -265,7 +280,7 @@ impl Table {
 }
 
 /// The calling thread as the kernel saved it.
-fn thread_of(context: &ucontext_t, pid: Pid, pc: ProcAddr) -> HeldThread {
+fn thread_of(context: &ucontext_t, table: &Table, pc: ProcAddr) -> HeldThread {
     let r = |i: c_int| context.uc_mcontext.gregs.get(i as usize).map_or(0, |v| v.cast_unsigned());
     let general = [
         r(libc::REG_RAX),
@@ -285,11 +300,40 @@ fn thread_of(context: &ucontext_t, pid: Pid, pc: ProcAddr) -> HeldThread {
         r(libc::REG_R14),
         r(libc::REG_R15),
     ];
+    own_thread(table, Registers { general, pc, fs_base: ProcAddr(0) })
+}
+
+/// The calling thread with these registers.
+fn own_thread(table: &Table, registers: Registers) -> HeldThread {
     let fs: u64;
     // SAFETY: the first word of a thread's control block is its own address (ELF handling for thread-local storage, x86-64).
     unsafe { core::arch::asm!("mov {}, fs:[0]", out(reg) fs, options(nostack, preserves_flags, readonly)) };
-    let tid = sys::own_tid();
-    HeldThread { tid, is_main: tid.0 == pid.0, registers: Registers { general, pc, fs_base: ProcAddr(fs) } }
+    // The only thread of a forked child has the stack of the one that called fork.
+    let is_main = table.stacks.is_main(registers.sp());
+    HeldThread { tid: sys::own_tid(), is_main, registers: Registers { fs_base: ProcAddr(fs), ..registers } }
+}
+
+/// In a child of fork(2), before it returns there: a switch that was on its way in the parent comes to its end, by the one thread that there is.
+extern "C" fn in_child() {
+    INSIDE.store(0, Ordering::SeqCst);
+    COPY.state.store(IDLE, Ordering::SeqCst);
+    // SAFETY: 1: nobody withdraws it here, for the thread that does is not in the child.
+    let Some(table) = (unsafe { ACTIVE.load(Ordering::SeqCst).as_ref() }) else { return };
+    let mut general = [0u64; 16];
+    // SAFETY: it writes six registers and the stack pointer to a local of that size.
+    unsafe {
+        core::arch::asm!(
+            "mov [{0} + 24], rbx", "mov [{0} + 48], rbp", "mov [{0} + 56], rsp",
+            "mov [{0} + 96], r12", "mov [{0} + 104], r13", "mov [{0} + 112], r14", "mov [{0} + 120], r15",
+            in(reg) general.as_mut_ptr(), options(nostack, preserves_flags)
+        );
+    }
+    let pc = ProcAddr(in_child as *const () as u64);
+    let thread = own_thread(table, Registers { general, pc, fs_base: ProcAddr(0) });
+    let clear = table.ends.load(Ordering::SeqCst) || table.armed.load(Ordering::SeqCst) && table.is_clear(&thread);
+    if sys::write_code_of_child(table.traps.iter().map(|t| (t.at, if clear { t.after } else { t.before }))) {
+        ACTIVE.store(std::ptr::null_mut(), Ordering::SeqCst);
+    }
 }
 
 /// Where errno is.
@@ -312,7 +356,7 @@ extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
         let table = ACTIVE.load(Ordering::SeqCst);
         // SAFETY: 1.
         if let Some(table) = unsafe { table.as_ref() } {
-            to = table.way(at, &thread_of(uc, table.pid, at));
+            to = table.way(at, &thread_of(uc, table, at));
         }
         INSIDE.fetch_sub(1, Ordering::SeqCst);
         if to.is_none() {
@@ -345,7 +389,7 @@ extern "C" fn on_look(_signal: c_int, _info: *mut siginfo_t, context: *mut c_voi
     // SAFETY: 1.
     if let Some(table) = unsafe { ACTIVE.load(Ordering::SeqCst).as_ref() } {
         let pc = ProcAddr(uc.uc_mcontext.gregs[libc::REG_RIP as usize].cast_unsigned());
-        let thread = thread_of(uc, table.pid, pc);
+        let thread = thread_of(uc, table, pc);
         look(table, &thread);
         go_on(table, uc);
     }
@@ -357,7 +401,8 @@ extern "C" fn on_look(_signal: c_int, _info: *mut siginfo_t, context: *mut c_voi
 fn look(table: &Table, thread: &HeldThread) {
     let slot = table.marks.slot(thread.tid);
     let before = slot.as_ref().map(super::marks::Slot::get);
-    let clear = table.is_clear(thread);
+    // A signal of a switch before may come late: before all traps stand, nobody is clear for good.
+    let clear = table.armed.load(Ordering::SeqCst) && table.is_clear(thread);
     if let (true, Some(slot), Some(before)) = (clear, &slot, before) {
         slot.change(before, Mark::Clear);
     }
@@ -374,7 +419,7 @@ fn look(table: &Table, thread: &HeldThread) {
     // SAFETY: 3: the state is busy, so only this handler touches it.
     let copy = unsafe { &mut *COPY.what.get() };
     let len = extent.map_or(0, |e| usize::try_from(e.len_bytes()).unwrap_or(0));
-    let read = extent.zip(copy.bytes.get_mut(..len)).is_some_and(|(e, part)| sys::read_own(table.pid, e.start, part));
+    let read = extent.zip(copy.bytes.get_mut(..len)).is_some_and(|(e, part)| sys::read_own(e.start, part));
     copy.thread = *thread;
     copy.len = len;
     COPY.state.store(if read { COPIED } else { TOO_LONG }, Ordering::SeqCst);
@@ -390,7 +435,7 @@ fn go_on(table: &Table, uc: &mut ucontext_t) {
     // mov eax, NUMBER; syscall
     let mut code = [0u8; 7];
     let rip = gregs[libc::REG_RIP as usize].cast_unsigned();
-    let read = sys::read_own(table.pid, ProcAddr(rip.wrapping_sub(7)), &mut code);
+    let read = sys::read_own(ProcAddr(rip.wrapping_sub(7)), &mut code);
     let [0xb8, n @ .., 0x0f, 0x05] = code else {
         table.interrupted.fetch_add(u64::from(read && code[5..] == [0x0f, 0x05]), Ordering::Relaxed);
         return;

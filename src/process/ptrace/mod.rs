@@ -26,7 +26,7 @@ mod sys;
 mod tracee;
 
 pub use hold::PtraceHeld;
-pub use sys::Undisturbed;
+pub use sys::{Priority, Undisturbed};
 
 /// A process, seen from outside.
 #[derive(Debug)]
@@ -51,7 +51,14 @@ pub struct PtraceProcess {
 /// The right to change a process, until dropped.
 #[derive(Debug)]
 #[must_use = "dropped, the process is anybody's"]
-pub struct Lock(#[expect(dead_code, reason = "closing the file is what unlocks")] File);
+pub struct Lock(File);
+
+impl Drop for Lock {
+    /// Closing would not do: a child that was forked meanwhile has the file, too.
+    fn drop(&mut self) {
+        sys::unlock(&self.0);
+    }
+}
 
 impl PtraceProcess {
     /// Opens a process without touching it.

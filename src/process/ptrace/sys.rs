@@ -267,6 +267,13 @@ pub fn lock(file: &std::fs::File) -> io::Result<bool> {
     }
 }
 
+/// Gives up what [`lock`] got, for every process that has the open file.
+pub fn unlock(file: &std::fs::File) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: 1. It cannot fail for a file that is open.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+}
+
 /// Whether the process of a pidfd has not ended.
 pub fn is_alive(pidfd: &std::os::fd::OwnedFd) -> bool {
     use std::os::fd::AsRawFd;
@@ -329,6 +336,7 @@ impl Drop for Alarm {
 }
 
 /// The calling thread ahead of all ordinary ones, where that is permitted, until dropped.
+#[must_use = "dropped, it is as before"]
 pub struct Priority(Option<(c_int, libc::sched_param)>);
 
 impl Priority {
