@@ -10,8 +10,8 @@ use crate::plan::Refusal;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, IdleCheck, Pid, Process};
-use crate::registry::{self, Confirmation, Share};
-use crate::stack::{Cfi, Watched};
+use crate::registry::{self, Confirmation, Share, State};
+use crate::stack::{Cfi, Part, Watched};
 use crate::switch::{Plan, SwitchError, SwitchTimes, Switcher};
 use crate::transaction::{Applied, Stamp};
 
@@ -168,6 +168,19 @@ impl Patcher {
             }
             Err(e) => Err(not_switched(pid, e)),
         }
+    }
+
+    /// The code of applied patches that are not permanent.
+    ///
+    /// # Errors
+    ///
+    /// A record is damaged.
+    pub fn current_code(&self) -> Result<Vec<Watched>, Error> {
+        let mut applied = self.records()?;
+        applied.retain(|r| r.mutable.state == State::Applied && !r.mutable.confirmation.confirmed);
+        let part = Part::Body { branches_to_entry: true };
+        let code = applied.iter().flat_map(|r| &r.payload.functions);
+        Ok(code.filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part })).collect())
     }
 
     /// The own process is one that can be switched now: what is left of a switch before is done, and the images are known.

@@ -290,6 +290,28 @@ impl Switcher {
     }
 }
 
+/// Whether a frame on the stack of the calling thread may be of what is watched: a word says so. For a normal context, and for a report.
+#[must_use]
+pub fn is_on_own_stack(watch: &WatchList) -> bool {
+    let marker = 0u64;
+    let here = ProcAddr(std::ptr::from_ref(&marker) as u64 & !7);
+    let maps = std::fs::read("/proc/self/maps").ok().and_then(|text| crate::maps::parse(&text).ok()).unwrap_or_default();
+    let Some(mut at) = crate::maps::find(&maps, here).map(|m| (here, m.range.end)) else { return false };
+    let mut buffer = [0u8; 4096];
+    while at.0 < at.1 {
+        let left = usize::try_from(at.1 .0 - at.0 .0).unwrap_or(usize::MAX).min(buffer.len());
+        let Some(part) = buffer.get_mut(..left) else { return false };
+        if !sys::read_own(at.0, part) {
+            return false;
+        }
+        if watch.hits_stack(part) {
+            return true;
+        }
+        at.0 = ProcAddr(at.0 .0 + left as u64);
+    }
+    false
+}
+
 fn nanoseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,0 +1,232 @@
+//! What an agent does when it is asked: the use cases of the engine, by the wait-free switch.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+
+use super::breaker::{Bounds, Observed};
+use super::log::{Event, Log};
+use super::peer::Peer;
+use super::sealed::SealedPatch;
+use super::wire::{Answer, Failure, FailureKind, Given, Info, Request};
+use crate::patch::PatchFile;
+use crate::patcher::{Confirmed, Error, Options, Patcher, ProcessStatus, Report};
+use crate::registry::State;
+use crate::signature::{Keys, Signed};
+use crate::stack::WatchList;
+use crate::switch::Switcher;
+
+/// Everything behind the socket.
+#[derive(Debug)]
+pub struct Engine {
+    switcher: Switcher,
+    keys: Option<Keys>,
+    bounds: Bounds,
+    shared: Arc<Shared>,
+    log: Log,
+}
+
+/// What other threads of the program need of the engine.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// What was observed since the newest patch was applied.
+    pub observed: Observed,
+    /// The code of applied patches that are not permanent.
+    pub patched: Mutex<Option<WatchList>>,
+    /// Something is to be looked at before the next turn of the watch.
+    pub hurry: Mutex<bool>,
+    pub woken: parking_lot::Condvar,
+    stopped: AtomicBool,
+}
+
+impl Shared {
+    /// Ends the watch.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Whether it is to end.
+    pub fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Has the watch look now.
+    pub fn wake(&self) {
+        *self.hurry.lock() = true;
+        self.woken.notify_one();
+    }
+}
+
+/// Who asks: for the log.
+#[derive(Clone, Copy, Debug)]
+pub enum By {
+    /// A command, over the socket.
+    Peer(Peer),
+    /// The program.
+    Program,
+    /// The agent itself.
+    Breaker,
+}
+
+impl Engine {
+    pub fn new(switcher: Switcher, keys: Option<Keys>, bounds: Bounds, shared: Arc<Shared>, log: Log) -> Self {
+        Self { switcher, keys, bounds, shared, log }
+    }
+
+    /// Answers a request.
+    pub fn answer(&mut self, request: Request, patch: Option<OwnedFd>, peer: Peer) -> Answer {
+        let by = By::Peer(peer);
+        let done = match request {
+            Request::Info => return Answer::Info(self.info()),
+            Request::Status => status().map(Answer::Status),
+            Request::Check(given) => match self.patch_of(&given, patch) {
+                Ok((patch, options)) => Patcher::open_own().and_then(|p| p.check(&patch, &options)).map(Answer::Check),
+                Err(failure) => return Answer::Failed(*failure),
+            },
+            Request::Apply(given) => match self.patch_of(&given, patch) {
+                Ok((patch, options)) => self.apply(&patch, &options, by).map(|r| Answer::Reports(vec![r])),
+                Err(failure) => {
+                    self.log.write(by, &Event::refused("apply", None, &failure.message));
+                    return Answer::Failed(*failure);
+                }
+            },
+            Request::Revert { name, all, options } => self.revert(name.as_deref(), all, &options, by).map(Answer::Reports),
+            Request::Canary { name, share } => {
+                let done = Patcher::open_own().and_then(|mut p| p.set_share(&name, share));
+                self.log.write(by, &Event::of("canary", Some(&name), done.as_ref().map(drop)));
+                done.map(|()| Answer::Done)
+            }
+            Request::Confirm { name } => self.confirm(&name, by).map(|()| Answer::Done),
+        };
+        done.unwrap_or_else(|e| match e {
+            Error::Outside { why } => Answer::Outside { why },
+            other => Answer::Failed(Failure::of(own_pid(), &other)),
+        })
+    }
+
+    fn info(&self) -> Info {
+        let outside = self.switcher.is_unfinished().then(|| "a switch is still to be taken back".to_owned());
+        Info {
+            pid: own_pid(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            requires_signature: self.keys.is_some(),
+            outside,
+        }
+    }
+
+    /// The patch that came, once its signature is good: nothing of it is looked at before.
+    fn patch_of(&self, given: &Given, patch: Option<OwnedFd>) -> Result<(PatchFile, Options), Box<Failure>> {
+        let no = |exit, kind, what: String| {
+            Box::new(Failure { kind, ..Failure::other(exit, what) })
+        };
+        let damaged = |e: String| no(1, FailureKind::Other, e);
+        let sent = patch.ok_or_else(|| damaged("no patch came with the request".into()))?;
+        let bytes = SealedPatch::check(sent).and_then(|s| s.read()).map_err(|e| damaged(e.to_string()))?;
+        let mut options = given.options.clone();
+        if let Some(keys) = &self.keys {
+            let signed = self.signed(keys, &bytes, given.signature.as_deref());
+            options.signed = Some(signed.map_err(|why| no(3, FailureKind::Refused, format!("refused: {why}")))?);
+        }
+        let patch = PatchFile::parse(&bytes).map_err(|e| damaged(e.to_string()))?;
+        Ok((patch, options))
+    }
+
+    fn signed(&self, keys: &Keys, patch: &[u8], signature: Option<&str>) -> Result<Signed, String> {
+        let signature = signature.ok_or("the patch is not signed: patch-builder sign makes a signature")?;
+        keys.verify(patch, std::path::Path::new("the signature"), signature).map_err(|e| e.to_string())
+    }
+
+    /// Applies a patch.
+    pub fn apply(&mut self, patch: &PatchFile, options: &Options, by: By) -> Result<Report, Error> {
+        let done = Patcher::open_own().and_then(|mut p| p.apply_within(patch, options, &mut self.switcher));
+        if !matches!(done, Err(Error::Outside { .. })) {
+            self.log.write(by, &Event::of("apply", Some(&patch.manifest.name), done.as_ref().map(drop)));
+            self.log.count(&done);
+        }
+        self.shared.observed.reset();
+        self.renew();
+        done
+    }
+
+    /// Reverts the newest patch, or all.
+    pub fn revert(&mut self, name: Option<&str>, all: bool, options: &Options, by: By) -> Result<Vec<Report>, Error> {
+        let mut out = Vec::new();
+        loop {
+            let done = Patcher::open_own().and_then(|mut p| p.revert_within(name, options, &mut self.switcher));
+            if all && !out.is_empty() && matches!(done, Err(Error::NothingApplied { .. })) {
+                break;
+            }
+            if !matches!(done, Err(Error::Outside { .. })) {
+                let patch = done.as_ref().ok().map(|r| r.patch.clone());
+                self.log.write(by, &Event::of("revert", patch.as_deref().or(name), done.as_ref().map(drop)));
+                self.log.count(&done);
+            }
+            self.renew();
+            out.push(done?);
+            if !all {
+                break;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Makes a patch permanent.
+    pub fn confirm(&mut self, name: &str, by: By) -> Result<(), Error> {
+        let done = Patcher::open_own().and_then(|mut p| p.confirm(name));
+        self.log.write(by, &Event::of("confirm", Some(name), done.as_ref().map(drop)));
+        self.renew();
+        done
+    }
+
+    /// What applied patches there are that may still have to go.
+    fn renew(&self) {
+        let current = Patcher::open_own().and_then(|p| p.current_code()).unwrap_or_default();
+        *self.shared.patched.lock() = (!current.is_empty()).then(|| WatchList::new(current));
+    }
+
+    /// One turn of the watch: reverts what breaks a bound or was not confirmed in time. When it is to be called again.
+    pub fn watch(&mut self) -> Duration {
+        const SOON: Duration = Duration::from_millis(20);
+        const IDLE: Duration = Duration::from_secs(1);
+        let Ok(status) = status() else { return IDLE };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let newest = status.patches.iter().rfind(|p| p.state == State::Applied);
+        let Some(newest) = newest else { return IDLE };
+        if matches!(newest.confirmation, Some(Confirmed::Permanent)) {
+            return IDLE;
+        }
+        let overdue = match newest.confirmation {
+            // A command that waits for it from outside does so itself.
+            Some(Confirmed::Unconfirmed { by, watcher }) if watcher.is_none_or(|w| w == std::process::id()) => by <= now,
+            _ => false,
+        };
+        let why = self.shared.observed.broken(&self.bounds).or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
+        let Some(why) = why else { return SOON };
+        let name = newest.patch.clone();
+        self.log.write(By::Breaker, &Event::breaks(&name, &why));
+        self.log.tripped();
+        match self.revert(Some(&name), false, &Options::default(), By::Breaker) {
+            Ok(_) => self.shared.observed.reset(),
+            // It is tried again: a thread leaves what it is in, or another command ends.
+            Err(e) => self.log.say(&format!("patch {name} could not be reverted yet: {e}")),
+        }
+        SOON
+    }
+
+    /// Figures for Prometheus.
+    pub fn metrics(&self) -> String {
+        self.log.metrics(&self.shared.observed)
+    }
+}
+
+fn status() -> Result<ProcessStatus, Error> {
+    Patcher::open_own().and_then(|p| p.status())
+}
+
+fn own_pid() -> i32 {
+    std::process::id().cast_signed()
+}

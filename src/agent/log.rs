@@ -1,0 +1,143 @@
+//! What an agent did: an audit line for each change, events for the program's log, and figures.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{json, Value};
+
+use super::breaker::Observed;
+use super::engine::By;
+use crate::patcher::{Error, Report};
+
+/// Something that is to be remembered.
+#[derive(Debug)]
+pub struct Event {
+    action: &'static str,
+    patch: Option<String>,
+    result: Result<(), String>,
+}
+
+impl Event {
+    /// What came of something that was asked.
+    pub fn of(action: &'static str, patch: Option<&str>, result: Result<(), &Error>) -> Self {
+        Self { action, patch: patch.map(str::to_owned), result: result.map_err(ToString::to_string) }
+    }
+
+    /// A no before anything was looked at.
+    pub fn refused(action: &'static str, patch: Option<&str>, why: &str) -> Self {
+        Self { action, patch: patch.map(str::to_owned), result: Err(why.to_owned()) }
+    }
+
+    /// A bound that a patch does not keep.
+    pub fn breaks(patch: &str, why: &str) -> Self {
+        Self { action: "breaker", patch: Some(patch.to_owned()), result: Err(why.to_owned()) }
+    }
+}
+
+/// Where it is written.
+#[derive(Debug, Default)]
+pub struct Log {
+    audit: Option<File>,
+    applies: u64,
+    reverts: u64,
+    failures: BTreeMap<&'static str, u64>,
+    trips: u64,
+    trapping_us: f64,
+    trapped: u64,
+}
+
+impl Log {
+    /// With an audit file, which is only ever appended to.
+    ///
+    /// # Errors
+    ///
+    /// It can't be opened.
+    pub fn new(audit: Option<&Path>) -> std::io::Result<Self> {
+        let open = |p| OpenOptions::new().append(true).create(true).mode(0o600).open(p);
+        Ok(Self { audit: audit.map(open).transpose()?, ..Self::default() })
+    }
+
+    /// One line: when, who, what, which patch, how it ended.
+    pub fn write(&mut self, by: By, event: &Event) {
+        let who = match by {
+            By::Peer(peer) => json!({"uid": peer.uid, "gid": peer.gid, "pid": peer.pid}),
+            By::Program => Value::from("program"),
+            By::Breaker => Value::from("breaker"),
+        };
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let (result, why) = match &event.result {
+            Ok(()) => ("done", None),
+            Err(why) => ("failed", Some(why)),
+        };
+        let line = json!({"time": time, "by": who, "action": event.action, "patch": event.patch, "result": result, "why": why});
+        match &event.result {
+            Ok(()) => tracing::info!(target: "livepatch", %line, "{}", event.action),
+            Err(_) => tracing::warn!(target: "livepatch", %line, "{}", event.action),
+        }
+        if let Some(file) = &mut self.audit {
+            // In one write, so that lines of several processes do not mix.
+            if let Err(e) = file.write_all(format!("{line}\n").as_bytes()) {
+                self.say(&format!("the audit file can't be written: {e}"));
+            }
+        }
+    }
+
+    /// For the program's log only.
+    pub fn say(&self, what: &str) {
+        tracing::warn!(target: "livepatch", "{what}");
+    }
+
+    /// Counts what came of an apply or a revert.
+    pub fn count(&mut self, done: &Result<Report, Error>) {
+        match done {
+            Ok(report) => {
+                *(if report.action == "apply" { &mut self.applies } else { &mut self.reverts }) += u64::from(!report.already);
+                if let Some(within) = report.within {
+                    self.trapping_us = within.trapping_us;
+                    self.trapped += within.trapped;
+                }
+            }
+            Err(e) => {
+                let kind = match e {
+                    Error::Refused { refusal } => refusal.kind(),
+                    Error::RefusedFor(list) => list.first().map_or("refused", crate::plan::Refusal::kind),
+                    Error::NotQuiescent(_) => "not-quiescent",
+                    _ => "error",
+                };
+                *self.failures.entry(kind).or_default() += 1;
+            }
+        }
+    }
+
+    /// A bound was not kept.
+    pub fn tripped(&mut self) {
+        self.trips += 1;
+    }
+
+    /// In Prometheus' text format.
+    pub fn metrics(&self, observed: &Observed) -> String {
+        use std::fmt::Write as _;
+        let mut out = String::new();
+        let mut metric = |name: &str, kind: &str, help: &str, values: &[(String, f64)]| {
+            let _ = writeln!(out, "# HELP livepatch_{name} {help}\n# TYPE livepatch_{name} {kind}");
+            for (labels, value) in values {
+                let _ = writeln!(out, "livepatch_{name}{labels} {value}");
+            }
+        };
+        let one = |value: u64| [(String::new(), value as f64)];
+        metric("applies_total", "counter", "Patches applied.", &one(self.applies));
+        metric("reverts_total", "counter", "Patches reverted.", &one(self.reverts));
+        let failures: Vec<_> = self.failures.iter().map(|(k, n)| (format!("{{reason=\"{k}\"}}"), *n as f64)).collect();
+        metric("failures_total", "counter", "Applies and reverts that were refused or failed.", &failures);
+        metric("breaker_trips_total", "counter", "Bounds that a patch did not keep.", &one(self.trips));
+        metric("panics", "gauge", "Panics in patched code since the last apply.", &one(observed.panics()));
+        metric("trapped_calls_total", "counter", "Calls that trapped during switches.", &one(self.trapped));
+        let seconds = [(String::new(), self.trapping_us / 1e6)];
+        metric("transition_seconds", "gauge", "How long traps stood in the last switch.", &seconds);
+        out
+    }
+}

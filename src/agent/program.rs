@@ -1,0 +1,251 @@
+//! The agent as a program has it: three lines.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::breaker::Bounds;
+use super::engine::{By, Engine, Shared};
+use super::log::Log;
+use super::masks::{self, OwnError};
+use super::server::{ServeError, Server, Stop};
+use crate::patch::{PatchError, PatchFile};
+use crate::patcher::{Error, Options, Report};
+use crate::signature::{Keys, SignatureError};
+use crate::switch::{self, Switcher};
+
+/// Why an agent could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// There is one already: it owns signals of the whole process.
+    #[error("this process has an agent already")]
+    Twice,
+    /// The signals can't be had.
+    #[error(transparent)]
+    Signals(#[from] OwnError),
+    /// The kernel lacks something, or a thread could not be made.
+    #[error("the agent can't be started: {0}")]
+    Os(#[from] io::Error),
+    /// The socket can't be had.
+    #[error(transparent)]
+    Socket(#[from] ServeError),
+    /// The keys can't be had.
+    #[error(transparent)]
+    Keys(#[from] SignatureError),
+}
+
+/// What an agent is to be.
+#[derive(Debug, Default)]
+pub struct Builder {
+    socket: Option<PathBuf>,
+    keys: Option<PathBuf>,
+    audit: Option<PathBuf>,
+    look: Option<i32>,
+    bounds: Bounds,
+}
+
+impl Builder {
+    /// Where commands reach it; they find it by themselves if the file is named `livepatch*.sock`. Without one, only the program uses it.
+    #[must_use]
+    pub fn socket(mut self, path: impl Into<PathBuf>) -> Self {
+        self.socket = Some(path.into());
+        self
+    }
+
+    /// Takes only patches that are signed by one of these keys: a public key of minisign, or a folder of `*.pub` files.
+    #[must_use]
+    pub fn keys(mut self, path: impl Into<PathBuf>) -> Self {
+        self.keys = Some(path.into());
+        self
+    }
+
+    /// Appends a line to this file for each change that was asked for.
+    #[must_use]
+    pub fn audit(mut self, path: impl Into<PathBuf>) -> Self {
+        self.audit = Some(path.into());
+        self
+    }
+
+    /// The real-time signal by which threads that never block are asked to look at themselves; `SIGRTMAX - 3` without this.
+    #[must_use]
+    pub fn signal(mut self, signal: i32) -> Self {
+        self.look = Some(signal);
+        self
+    }
+
+    /// Reverts a patch that is not permanent when it does not keep these bounds.
+    #[must_use]
+    pub fn bounds(mut self, bounds: Bounds) -> Self {
+        self.bounds = bounds;
+        self
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// The signals or the socket can't be had, or the kernel lacks what it takes.
+    pub fn start(self) -> Result<Agent, StartError> {
+        static STARTED: Mutex<bool> = Mutex::new(false);
+        let mut started = STARTED.lock();
+        if *started {
+            return Err(StartError::Twice);
+        }
+        let look = self.look.unwrap_or_else(|| libc::SIGRTMAX() - 3);
+        let keys = self.keys.as_deref().map(Keys::load).transpose()?;
+        let log = Log::new(self.audit.as_deref())?;
+        let server = self.socket.as_deref().map(Server::bind).transpose()?;
+        masks::own(look)?;
+        let switcher = Switcher::install(look, masks::pass_on)?;
+        let shared = Arc::new(Shared::default());
+        let engine = Arc::new(Mutex::new(Engine::new(switcher, keys, self.bounds, Arc::clone(&shared), log)));
+        count_panics(Arc::clone(&shared));
+        *started = true;
+        let stop = Stop::new()?;
+        let mut threads = Vec::new();
+        let mut spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            threads.push(std::thread::Builder::new().name(name.into()).spawn(run)?);
+            io::Result::Ok(())
+        };
+        if let Some(server) = server {
+            let (engine, stop, shared) = (Arc::clone(&engine), stop.clone(), Arc::clone(&shared));
+            spawn("livepatch", Box::new(move || {
+                let mut handler = |request, patch, peer| {
+                    let answer = engine.lock().answer(request, patch, peer);
+                    shared.wake();
+                    answer
+                };
+                if let Err(e) = server.serve(&stop, &mut handler) {
+                    tracing::error!(target: "livepatch", "the control socket is closed: {e}");
+                }
+            }))?;
+        }
+        {
+            let (engine, shared) = (Arc::clone(&engine), Arc::clone(&shared));
+            spawn("livepatch-watch", Box::new(move || watch(&engine, &shared)))?;
+        }
+        Ok(Agent { engine, shared, stop, threads })
+    }
+}
+
+/// Until the agent is gone, looks at what is not permanent.
+fn watch(engine: &Mutex<Engine>, shared: &Shared) {
+    loop {
+        let pause = engine.lock().watch();
+        let mut hurry = shared.hurry.lock();
+        if !*hurry {
+            shared.woken.wait_for(&mut hurry, pause);
+        }
+        *hurry = false;
+        drop(hurry);
+        if shared.stopped() {
+            return;
+        }
+    }
+}
+
+/// Counts panics that have patched code on their stack, after the hook that is there.
+fn count_panics(shared: Arc<Shared>) {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        before(info);
+        let patched = shared.patched.lock().as_ref().is_some_and(switch::is_on_own_stack);
+        if patched {
+            shared.observed.panic();
+            shared.wake();
+        }
+    }));
+}
+
+/// An agent in this process. Dropped, it no longer answers; what is applied stays.
+#[derive(Debug)]
+pub struct Agent {
+    engine: Arc<Mutex<Engine>>,
+    shared: Arc<Shared>,
+    stop: Stop,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Why the program's own patch was not applied.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ApplyError {
+    /// It is none.
+    #[error(transparent)]
+    Patch(#[from] PatchError),
+    /// It was not applied.
+    #[error(transparent)]
+    Engine(#[from] Error),
+}
+
+impl Agent {
+    /// What is to be started.
+    ///
+    /// ```no_run
+    /// let agent = livepatch::Agent::builder().socket("/run/gateway/livepatch.sock").start()?;
+    /// # Ok::<(), livepatch::agent::StartError>(())
+    /// ```
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Applies a patch from a file, for the program itself. No key is asked for: the program may do what it likes.
+    ///
+    /// # Errors
+    ///
+    /// It is no patch, or was not applied.
+    pub fn apply(&self, patch: &[u8], options: &Options) -> Result<Report, ApplyError> {
+        let patch = PatchFile::parse(patch)?;
+        let done = self.engine.lock().apply(&patch, options, By::Program);
+        self.shared.wake();
+        Ok(done?)
+    }
+
+    /// Reverts the newest patch.
+    ///
+    /// # Errors
+    ///
+    /// It was not reverted.
+    pub fn revert(&self, options: &Options) -> Result<Report, Error> {
+        let mut done = self.engine.lock().revert(None, false, options, By::Program)?;
+        done.pop().ok_or(Error::NothingApplied { pid: crate::process::Pid(std::process::id().cast_signed()) })
+    }
+
+    /// Makes a patch permanent.
+    ///
+    /// # Errors
+    ///
+    /// No such patch is applied.
+    pub fn confirm(&self, name: &str) -> Result<(), Error> {
+        self.engine.lock().confirm(name, By::Program)
+    }
+
+    /// Tells of a piece of the program's work: whether it failed, and how long it took. The [bounds](Builder::bounds) are held against that.
+    /// Costs three additions.
+    pub fn observe(&self, failed: bool, took: Duration) {
+        self.shared.observed.work(failed, took);
+    }
+
+    /// Figures in Prometheus' text format, to be added to the program's own.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        self.engine.lock().metrics()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.shared.stop();
+        self.stop.stop();
+        for thread in self.threads.drain(..) {
+            // A panic in it was told by its own message.
+            let _ = thread.join();
+        }
+    }
+}
