@@ -53,7 +53,7 @@ fn fail(pid: Option<i32>, error: &Error, json: bool) -> u8 {
         None => eprintln!("livepatch: {error}"),
     }
     if json {
-        println!("{}", text::error_json(pid, error));
+        println!("{}", error.to_json(pid));
     }
     error.exit_code()
 }
