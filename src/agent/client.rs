@@ -150,8 +150,8 @@ impl Client {
     /// There is no answer within that time. What was asked may be done all the same, unless the agent was
     /// [unreachable](ClientError::Unreachable).
     pub fn ask(&self, request: &Request, patch: Option<&[u8]>, within: Duration) -> Result<Answer, ClientError> {
-        let until = Instant::now() + within;
         let frame = request.encode()?;
+        let until = Instant::now() + within;
         let sealed = patch.map(SealedPatch::new).transpose()?;
         let silent = || ClientError::Silent { within };
         let stream = loop {

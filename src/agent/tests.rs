@@ -195,7 +195,7 @@ fn failures_keep_exit_code_and_json() {
     let error = Error::NothingApplied { pid: Pid(1) };
     let answer = decoded(&Answer::Failed(Failure::of(1, &error)));
     let Answer::Failed(failure) = answer.of_process(4711) else { panic!("a failure") };
-    assert_eq!((failure.exit, failure.kind), (1, FailureKind::NotApplied));
+    assert_eq!((failure.exit, failure.kind), (1, FailureKind::NothingApplied));
     assert_eq!(failure.message, error.to_string());
     assert_eq!(failure.json, error.to_json(Some(4711)));
 }

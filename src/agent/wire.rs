@@ -255,8 +255,10 @@ pub struct Failure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailureKind {
-    /// No patch is applied, or none of that name.
-    NotApplied,
+    /// No patch is applied.
+    NothingApplied,
+    /// No patch of that name is.
+    NoSuchPatch,
     /// A no with its reason.
     Refused,
     /// Some thread stayed where it must not be.
@@ -270,7 +272,8 @@ impl Failure {
     #[must_use]
     pub fn of(pid: i32, error: &Error) -> Self {
         let kind = match error {
-            Error::NothingApplied { .. } | Error::NoSuchPatch { .. } => FailureKind::NotApplied,
+            Error::NothingApplied { .. } => FailureKind::NothingApplied,
+            Error::NoSuchPatch { .. } => FailureKind::NoSuchPatch,
             Error::Refused { .. } | Error::RefusedFor(_) => FailureKind::Refused,
             Error::NotQuiescent(_) => FailureKind::NotQuiescent,
             _ => FailureKind::Other,
