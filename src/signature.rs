@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use minisign_verify::{PublicKey, Signature};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What stands before the number in a trusted comment.
 pub const REVISION: &str = "revision:";
@@ -46,7 +46,8 @@ pub enum SignatureError {
 }
 
 /// What a good signature says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Signed {
     /// The name of the key's file.
     pub key: String,

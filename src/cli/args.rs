@@ -124,7 +124,7 @@ pub struct PatchArgs {
     /// Stays, and reverts the patch unless `livepatch confirm` has made it permanent by then.
     #[arg(long, value_name = "TIME", value_parser = text::duration)]
     pub confirm_within: Option<Duration>,
-    /// Holds from outside even where an agent is linked in: always so in this version.
+    /// From outside even where an agent is linked in: all threads switch at one instant.
     #[arg(long)]
     pub hold: bool,
 }
@@ -164,6 +164,9 @@ pub struct RevertArgs {
     /// that is still applied.
     #[arg(long)]
     pub reclaim: bool,
+    /// From outside even where an agent is linked in: all threads switch at one instant.
+    #[arg(long)]
+    pub hold: bool,
     #[command(flatten)]
     pub inside: Inside,
     #[command(flatten)]
@@ -195,6 +198,9 @@ pub struct CanaryArgs {
     /// Stays, and sets what this file says whenever that changes: a number, with or without %.
     #[arg(long, value_name = "FILE")]
     pub follow: Option<PathBuf>,
+    /// From outside even where an agent is linked in.
+    #[arg(long)]
+    pub hold: bool,
     /// Results in JSON.
     #[arg(long)]
     pub json: bool,
@@ -207,6 +213,9 @@ pub struct ConfirmArgs {
     pub words: Vec<String>,
     #[command(flatten)]
     pub which: Which,
+    /// From outside even where an agent is linked in.
+    #[arg(long)]
+    pub hold: bool,
     /// Results in JSON.
     #[arg(long)]
     pub json: bool,

@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::time::Duration;
 
-use livepatch::patcher::{status_of, Error, Patcher};
+use livepatch::patcher::{status_of, Error};
 use livepatch::process::{Pid, ProcessError};
 use serde_json::json;
 
 use super::args::CanaryArgs;
-use super::{fail, text, usage, worst};
+use super::{fail, text, usage, ways, worst};
 
 /// How often a followed file is read.
 const LOOK: Duration = Duration::from_millis(200);
@@ -30,8 +30,8 @@ pub fn main(args: &CanaryArgs) -> u8 {
         Err(code) => return code,
     };
     match (share, &args.follow) {
-        (Some(share), _) => pids.into_iter().fold(0, |code, pid| worst(code, set(pid, &name, share, args.json))),
-        (None, Some(file)) => follow(pids, &name, file, args.json),
+        (Some(share), _) => pids.into_iter().fold(0, |code, pid| worst(code, set(pid, &name, share, args))),
+        (None, Some(file)) => follow(pids, &name, file, args),
         (None, None) => usage("what share?"),
     }
 }
@@ -45,18 +45,18 @@ fn tell(pid: i32, name: &str, share: u32, as_json: bool) {
     }
 }
 
-fn set(pid: i32, name: &str, share: u32, as_json: bool) -> u8 {
-    match Patcher::open(Pid(pid)).and_then(|mut p| p.set_share(name, share)) {
+fn set(pid: i32, name: &str, share: u32, args: &CanaryArgs) -> u8 {
+    match ways::set_share(pid, name, share, args.hold) {
         Ok(()) => {
-            tell(pid, name, share, as_json);
+            tell(pid, name, share, args.json);
             0
         }
-        Err(e) => fail(Some(pid), &e, as_json),
+        Err(e) => fail(Some(pid), &e, args.json),
     }
 }
 
 /// Until none of the processes has the patch any more.
-fn follow(mut pids: Vec<i32>, name: &str, file: &Path, as_json: bool) -> u8 {
+fn follow(mut pids: Vec<i32>, name: &str, file: &Path, args: &CanaryArgs) -> u8 {
     let (mut code, mut last, mut said) = (0, None, None);
     while !pids.is_empty() {
         let read = std::fs::read_to_string(file).map_err(|e| e.to_string()).and_then(|t| text::percent(t.trim()));
@@ -74,11 +74,11 @@ fn follow(mut pids: Vec<i32>, name: &str, file: &Path, as_json: bool) -> u8 {
                     if !changed {
                         return is_there(*pid, name);
                     }
-                    match Patcher::open(Pid(*pid)).and_then(|mut p| p.set_share(name, share)) {
-                        Ok(()) => tell(*pid, name, share, as_json),
-                        Err(Error::NothingApplied { .. } | Error::NoSuchPatch { .. }) => return false,
+                    match ways::set_share(*pid, name, share, args.hold) {
+                        Ok(()) => tell(*pid, name, share, args.json),
+                        Err(e) if e.is_not_applied() => return false,
                         Err(e) => {
-                            code = worst(code, fail(Some(*pid), &e, as_json));
+                            code = worst(code, fail(Some(*pid), &e, args.json));
                             return false;
                         }
                     }

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use livepatch::patch::{HexBytes, PatchFile};
-use livepatch::patcher::{status_of, Confirmed, Error, Options, Patcher};
-use livepatch::process::{Pid, ProcessError};
+use livepatch::patcher::{status_of, Confirmed, Options};
+use livepatch::process::Pid;
 use livepatch::registry::State;
 use serde_json::json;
 
-use super::args::ConfirmArgs;
+use super::args::{ConfirmArgs, PatchArgs};
+use super::ways::{self, Failed};
 use super::{fail, print_report, usage, worst};
 
 /// How often a patch is looked at: a read of the process's memory.
@@ -26,7 +27,7 @@ pub fn confirm(args: &ConfirmArgs) -> u8 {
     };
     let mut code = 0;
     for pid in pids {
-        match Patcher::open(Pid(pid)).and_then(|mut p| p.confirm(name)) {
+        match ways::confirm(pid, name, args.hold) {
             Ok(()) if args.json => println!("{}", json!({"pid": pid, "patch": name, "confirmation": "permanent"})),
             Ok(()) => println!("process {pid}: patch {name} is permanent"),
             Err(e) => code = worst(code, fail(Some(pid), &e, args.json)),
@@ -43,7 +44,7 @@ enum Seen {
     Away,
 }
 
-fn look(pid: i32, digest: &str) -> Result<Seen, Error> {
+fn look(pid: i32, digest: &str) -> Result<Seen, Failed> {
     let status = status_of(Pid(pid))?;
     let applied = status.patches.iter().find(|p| p.digest == digest && p.state == State::Applied);
     Ok(match applied.and_then(|p| p.confirmation) {
@@ -54,7 +55,8 @@ fn look(pid: i32, digest: &str) -> Result<Seen, Error> {
 }
 
 /// Waits until each of these processes has its patch confirmed, and reverts it where that does not come in time.
-pub fn watch(mut pids: Vec<i32>, patch: &PatchFile, within: Duration, options: &Options, json: bool) -> u8 {
+pub fn watch(mut pids: Vec<i32>, patch: &PatchFile, within: Duration, options: &Options, args: &PatchArgs) -> u8 {
+    let json = args.common.json;
     let name = &patch.manifest.name;
     let digest = HexBytes(patch.digest.to_vec()).to_string();
     let deadline = Instant::now() + within;
@@ -86,9 +88,9 @@ pub fn watch(mut pids: Vec<i32>, patch: &PatchFile, within: Duration, options: &
             }
             Ok(Seen::Waiting) if overdue => {
                 eprintln!("livepatch: process {pid}: nobody confirmed patch {name}");
-                match Patcher::open(Pid(*pid)).and_then(|mut p| p.revert(Some(name), options)) {
-                    Ok(report) => {
-                        print_report(&report, json);
+                match ways::revert(*pid, Some(name), false, options, args.hold) {
+                    Ok(reports) => {
+                        reports.iter().for_each(|r| print_report(r, json));
                         code = worst(code, NOT_CONFIRMED);
                         false
                     }
@@ -103,8 +105,8 @@ pub fn watch(mut pids: Vec<i32>, patch: &PatchFile, within: Duration, options: &
 }
 
 /// Whether to go on with a process after an error: not with one that is gone.
-fn still(pid: i32, error: &Error, code: &mut u8, json: bool) -> bool {
-    if matches!(error, Error::Process(ProcessError::Gone(_))) {
+fn still(pid: i32, error: &Failed, code: &mut u8, json: bool) -> bool {
+    if error.is_gone() {
         *code = worst(*code, fail(Some(pid), error, json));
         return false;
     }

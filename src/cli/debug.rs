@@ -14,7 +14,7 @@ pub fn symbols(args: &SymbolsArgs) -> u8 {
     let found = match args.of.parse::<i32>() {
         Ok(pid) if !Path::new(&args.of).exists() => match Patcher::open(Pid(pid)).and_then(|p| p.symbols()) {
             Ok(found) => found,
-            Err(e) => return fail(Some(pid), &e, false),
+            Err(e) => return fail(Some(pid), &e.into(), false),
         },
         _ => match of_core(Path::new(&args.of)) {
             Ok(found) => found,

@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use livepatch::patch::PatchFile;
-use livepatch::patcher::{patched_processes, status_of, Canary, CheckReport, Error, Options, Patcher, Report};
+use livepatch::patcher::{patched_processes, Canary, CheckReport, Options, Patcher, Report};
 use livepatch::process::Pid;
 use serde_json::json;
 
 use args::{Cli, Command, PatchArgs, RecoverArgs, RevertArgs, StatusArgs};
+use ways::{Done, Failed, Fix};
 
 mod args;
 mod canary;
@@ -17,6 +18,7 @@ mod confirm;
 mod debug;
 mod policy;
 mod text;
+mod ways;
 
 const USAGE: u8 = 2;
 
@@ -47,13 +49,13 @@ fn usage(message: &str) -> u8 {
 }
 
 /// An error about one process, on stderr and under `--json` on stdout.
-fn fail(pid: Option<i32>, error: &Error, json: bool) -> u8 {
+fn fail(pid: Option<i32>, error: &Failed, json: bool) -> u8 {
     match pid {
         Some(pid) => eprintln!("livepatch: process {pid}: {error}"),
         None => eprintln!("livepatch: {error}"),
     }
     if json {
-        println!("{}", text::error_json(pid, error));
+        println!("{}", error.to_json(pid));
     }
     error.exit_code()
 }
@@ -74,17 +76,13 @@ fn read_patch(path: &str, json: bool) -> Result<(PatchFile, Vec<u8>), u8> {
 }
 
 impl PatchArgs {
-    fn parse(&self) -> Result<(Vec<i32>, PatchFile, Options), u8> {
+    fn parse(&self) -> Result<(Vec<i32>, Fix, Options), u8> {
         let Some((file, words)) = self.words.split_last() else { return Err(usage("which patch?")) };
         if let Some(rule) = self.allow.iter().find(|r| !["contexts", "unwind", "replay"].contains(&r.as_str())) {
             return Err(usage(&format!("--allow {rule}: no such rule; known: contexts, unwind, replay")));
         }
         if file.parse::<i32>().is_ok() && !Path::new(file).exists() {
             return Err(usage(&format!("{file:?} is a PID: give the patch file after it")));
-        }
-        if self.key.iter().any(|(function, argument)| function == text::SESSION && *argument == 0) {
-            eprintln!("livepatch: refused: --key session needs an agent that is linked into the process: give --key FUNC:argN");
-            return Err(3);
         }
         let pids = self.which.of_words(words)?;
         let (patch, bytes) = read_patch(file, self.common.json)?;
@@ -100,18 +98,18 @@ impl PatchArgs {
             confirm_within: self.confirm_within,
             allow_replay: self.allow.iter().any(|r| r == "replay"),
         };
-        Ok((pids, patch, options))
+        Ok((pids, Fix::new(patch, bytes, Path::new(file)), options))
     }
 }
 
 fn check(args: &PatchArgs) -> u8 {
-    let (pids, patch, options) = match args.parse() {
+    let (pids, fix, options) = match args.parse() {
         Ok(parsed) => parsed,
         Err(code) => return code,
     };
     let mut code = 0;
     for pid in pids {
-        match Patcher::open(Pid(pid)).and_then(|p| p.check(&patch, &options)) {
+        match ways::check(pid, &fix, &options, args.hold) {
             Ok(report) => print_check(&report, args.common.json),
             Err(e) => code = worst(code, fail(Some(pid), &e, args.common.json)),
         }
@@ -119,22 +117,22 @@ fn check(args: &PatchArgs) -> u8 {
     code
 }
 
-fn print_check(report: &CheckReport, json: bool) {
+fn print_check(report: &Done<CheckReport>, json: bool) {
     if json {
         println!("{}", serde_json::to_string(report).unwrap_or_default());
     } else {
-        print!("{}", text::check(report));
+        print!("{}", text::check(&report.what));
     }
 }
 
-fn print_report(report: &Report, json: bool) {
-    for warning in &report.warnings {
-        eprintln!("livepatch: process {}: warning: {warning}", report.pid);
+fn print_report(report: &Done<Report>, json: bool) {
+    for warning in &report.what.warnings {
+        eprintln!("livepatch: process {}: warning: {warning}", report.what.pid);
     }
     if json {
         println!("{}", serde_json::to_string(report).unwrap_or_default());
     } else {
-        print!("{}", text::report(report));
+        print!("{}", text::report(&report.what));
     }
 }
 
@@ -148,52 +146,62 @@ fn worst(before: u8, now: u8) -> u8 {
 }
 
 fn apply(args: &PatchArgs) -> u8 {
-    let (pids, patch, options) = match args.parse() {
+    let (pids, fix, options) = match args.parse() {
         Ok(parsed) => parsed,
         Err(code) => return code,
     };
     let json = args.common.json;
     if args.all_or_none {
         for pid in &pids {
-            if let Err(e) = Patcher::open(Pid(*pid)).and_then(|p| p.check(&patch, &options)) {
+            if let Err(e) = ways::check(*pid, &fix, &options, args.hold) {
                 eprintln!("livepatch: no process was changed, for one refuses");
                 return fail(Some(*pid), &e, json);
             }
         }
     }
-    let (mut code, mut done) = (0, Vec::new());
+    let name = &fix.patch.manifest.name;
+    let (mut code, mut done, mut watched) = (0, Vec::new(), Vec::new());
     for pid in pids {
-        match Patcher::open(Pid(pid)).and_then(|mut p| p.apply(&patch, &options)) {
+        match ways::apply(pid, &fix, &options, args.hold) {
             Ok(report) => {
                 print_report(&report, json);
-                if !report.already {
-                    done.push(pid);
+                match (options.confirm_within, report.what.already) {
+                    (Some(_), true) => {
+                        eprintln!("livepatch: process {pid}: it was applied before: nothing reverts it");
+                    }
+                    (Some(within), false) if report.is_by_agent() => eprintln!(
+                        "livepatch: process {pid}: its agent reverts patch {name} in {} s unless it is confirmed: livepatch confirm {pid} {name}",
+                        within.as_secs_f64()
+                    ),
+                    (Some(_), false) => watched.push(pid),
+                    (None, _) => {}
                 }
-                if report.already && options.confirm_within.is_some() {
-                    eprintln!("livepatch: process {pid}: it was applied before: nothing reverts it");
+                if !report.what.already {
+                    done.push(pid);
                 }
             }
             Err(e) => {
                 code = worst(code, fail(Some(pid), &e, json));
                 if args.all_or_none {
-                    take_back(&done, &patch.manifest.name, &options, json);
-                    done.clear();
+                    take_back(&done, name, &options, args);
+                    watched.clear();
                     break;
                 }
             }
         }
     }
     match options.confirm_within {
-        Some(within) => worst(code, confirm::watch(done, &patch, within, &options, json)),
+        Some(within) => worst(code, confirm::watch(watched, &fix.patch, within, &options, args)),
         None => code,
     }
 }
 
 /// Reverts what was applied before one process failed.
-fn take_back(done: &[i32], name: &str, options: &Options, json: bool) {
+fn take_back(done: &[i32], name: &str, options: &Options, args: &PatchArgs) {
+    let json = args.common.json;
     for pid in done.iter().rev() {
-        match Patcher::open(Pid(*pid)).and_then(|mut p| p.revert(Some(name), options)) {
-            Ok(report) => print_report(&report, json),
+        match ways::revert(*pid, Some(name), false, options, args.hold) {
+            Ok(reports) => reports.iter().for_each(|r| print_report(r, json)),
             Err(e) => {
                 fail(Some(*pid), &e, json);
                 eprintln!("livepatch: process {pid} keeps patch {name}");
@@ -230,17 +238,10 @@ fn revert(args: &RevertArgs) -> u8 {
     let json = args.common.json;
     let mut code = 0;
     for pid in pids {
-        let result = Patcher::open(Pid(pid)).and_then(|mut p| {
-            if args.all {
-                p.revert_all(&options)
-            } else {
-                p.revert(name, &options).map(|r| vec![r])
-            }
-        });
-        match result {
+        match ways::revert(pid, name, args.all, &options, args.hold) {
             Ok(reports) => reports.iter().for_each(|r| print_report(r, json)),
             // What was reverted before may be there to be reclaimed.
-            Err(Error::NothingApplied { .. }) if args.reclaim => {}
+            Err(e) if args.reclaim && e.is_nothing_applied() => {}
             Err(e) => {
                 code = worst(code, fail(Some(pid), &e, json));
                 continue;
@@ -257,7 +258,7 @@ fn reclaim(pid: i32, options: &Options, json: bool) -> u8 {
     match Patcher::open(Pid(pid)).and_then(|mut p| p.reclaim(options)) {
         Ok(done) if json => println!("{}", json!({"pid": pid, "reclaimed": done})),
         Ok(done) => print!("{}", text::reclaimed(pid, done.as_ref())),
-        Err(e) => return fail(Some(pid), &e, json),
+        Err(e) => return fail(Some(pid), &e.into(), json),
     }
     0
 }
@@ -273,7 +274,7 @@ fn recover(args: &RecoverArgs) -> u8 {
         match Patcher::open(Pid(pid)).and_then(|mut p| p.recover(&options)) {
             Ok(done) if args.common.json => println!("{}", json!({"pid": pid, "recovered": done})),
             Ok(done) => print!("{}", text::recovered(pid, &done)),
-            Err(e) => code = worst(code, fail(Some(pid), &e, args.common.json)),
+            Err(e) => code = worst(code, fail(Some(pid), &e.into(), args.common.json)),
         }
     }
     code
@@ -287,14 +288,14 @@ fn status(args: &StatusArgs) -> u8 {
         if hidden > 0 {
             eprintln!("livepatch: {hidden} processes could not be looked at for want of permission");
         }
-        list = found;
+        list = ways::outside(found);
     } else {
         let pids = match args.which.pids(&args.pids) {
             Ok(pids) => pids,
             Err(e) => return usage(&e),
         };
         for pid in pids {
-            match status_of(Pid(pid)) {
+            match ways::status(pid) {
                 Ok(status) => list.push(status),
                 Err(e) => code = worst(code, fail(Some(pid), &e, args.json)),
             }
@@ -305,7 +306,7 @@ fn status(args: &StatusArgs) -> u8 {
     } else if list.is_empty() && code == 0 {
         println!("no patched process");
     } else {
-        list.iter().for_each(|s| print!("{}", text::status(s)));
+        list.iter().for_each(|s| print!("{}", text::status(&s.what)));
     }
     code
 }

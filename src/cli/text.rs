@@ -3,10 +3,8 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use livepatch::patcher::{CheckReport, Confirmed, Error, Outcome, ProcessStatus, Reclaimed, Recovered, Report};
-use livepatch::plan::Refusal;
+use livepatch::patcher::{CheckReport, Confirmed, Outcome, ProcessStatus, Reclaimed, Recovered, Report};
 use livepatch::registry::State;
-use serde_json::{json, Value};
 
 /// `5s`, `500ms`, `2m`; a bare number counts seconds.
 pub fn duration(text: &str) -> Result<Duration, String> {
@@ -202,26 +200,6 @@ fn utc(unix_s: u64) -> String {
     let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
     let year = yoe + era * 400 + u64::from(month <= 2);
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC", s / 3600, s / 60 % 60, s % 60)
-}
-
-/// An error for programs.
-pub fn error_json(pid: Option<i32>, error: &Error) -> Value {
-    match error {
-        Error::Refused { refusal } => json!({
-            "pid": pid,
-            "refusal": {"kind": refusal.kind(), "message": refusal.to_string(), "remedy": refusal.remedy(), "waiting_helps": false},
-        }),
-        Error::RefusedFor(all) => {
-            let each = |r: &Refusal| json!({"kind": r.kind(), "message": r.to_string(), "remedy": r.remedy(), "waiting_helps": false});
-            json!({"pid": pid, "refusal": all.first().map(each), "refusals": all.iter().map(each).collect::<Vec<_>>()})
-        }
-        Error::NotQuiescent(why) => json!({
-            "pid": pid,
-            "refusal": {"kind": "not-quiescent", "message": error.to_string(), "remedy": "try again, or with a longer --timeout",
-                "waiting_helps": true, "thread": why},
-        }),
-        other => json!({"pid": pid, "error": {"message": other.to_string(), "exit": other.exit_code()}}),
-    }
 }
 
 #[cfg(test)]

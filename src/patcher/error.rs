@@ -1,6 +1,7 @@
 //! How a use case can end otherwise, and the exit codes that this means.
 
 use serde::Serialize;
+use serde_json::{json, Value};
 
 use crate::patch::PatchError;
 use crate::plan::Refusal;
@@ -105,6 +106,24 @@ impl Error {
                 | ProcessError::Traced { .. },
             ) => 6,
             _ => 1,
+        }
+    }
+
+    /// What a command prints of it for programs.
+    #[must_use]
+    pub fn to_json(&self, pid: Option<i32>) -> Value {
+        let each = |r: &Refusal| json!({"kind": r.kind(), "message": r.to_string(), "remedy": r.remedy(), "waiting_helps": false});
+        match self {
+            Self::Refused { refusal } => json!({"pid": pid, "refusal": each(refusal)}),
+            Self::RefusedFor(all) => {
+                json!({"pid": pid, "refusal": all.first().map(each), "refusals": all.iter().map(each).collect::<Vec<_>>()})
+            }
+            Self::NotQuiescent(why) => json!({
+                "pid": pid,
+                "refusal": {"kind": "not-quiescent", "message": self.to_string(), "remedy": "try again, or with a longer --timeout",
+                    "waiting_helps": true, "thread": why},
+            }),
+            other => json!({"pid": pid, "error": {"message": other.to_string(), "exit": other.exit_code()}}),
         }
     }
 }

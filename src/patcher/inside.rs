@@ -1,6 +1,6 @@
 //! Who is inside functions of a patch now, told without stopping anybody: for a check, never for an apply.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Error, Patcher};
 use crate::addr::ProcAddr;
@@ -14,7 +14,7 @@ use crate::stack::{Cfi, Frame, Part, Unwinder, WatchList, Watched};
 const MAX_LOOKED_AT: u64 = 1 << 20;
 
 /// A thread inside a function of the patch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inside {
     /// The thread.
     pub tid: i32,

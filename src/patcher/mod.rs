@@ -408,7 +408,7 @@ impl Patcher {
     fn report(&self, action: &'static str, patch: &str) -> Report {
         Report {
             pid: self.process.pid().0,
-            action,
+            action: action.into(),
             patch: patch.to_owned(),
             already: false,
             functions: Vec::new(),

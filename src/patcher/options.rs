@@ -3,12 +3,15 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::patch::PatchFile;
 use crate::plan::beside::{self, Consistency};
 use crate::signature::Signed;
 
 /// A patch that only some calls run, chosen by a key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Canary {
     /// In 1/10,000.
     pub share: u32,
@@ -17,7 +20,8 @@ pub struct Canary {
 }
 
 /// How to apply and revert.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Options {
     /// How long to try before giving up.
     pub timeout: Duration,

@@ -1,17 +1,19 @@
 //! What a use case did, or found.
 
-use serde::Serialize;
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
 
 use super::Inside;
 use crate::process::HoldTimes;
 
 /// What an apply or a revert did.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The process.
     pub pid: i32,
     /// `apply` or `revert`.
-    pub action: &'static str,
+    pub action: Cow<'static, str>,
     /// The patch's name.
     pub patch: String,
     /// Whether there was nothing to do.
@@ -55,7 +57,7 @@ pub struct Within {
 }
 
 /// What a check found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckReport {
     /// The process.
     pub pid: i32,

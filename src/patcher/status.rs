@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::recover::Entries;
 use super::{Error, Patcher};
@@ -13,7 +13,7 @@ use crate::symbols::{self, SymbolFile};
 use crate::transaction::Applied;
 
 /// One patch in one process.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PatchStatus {
     /// Its name.
     pub patch: String,
@@ -46,7 +46,7 @@ pub struct PatchStatus {
 }
 
 /// Whether an applied patch is meant to stay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "is")]
 pub enum Confirmed {
     /// Somebody confirmed it.
@@ -80,7 +80,7 @@ impl From<Confirmation> for Confirmed {
 }
 
 /// One process.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProcessStatus {
     /// The process.
     pub pid: i32,

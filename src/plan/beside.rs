@@ -3,11 +3,14 @@
 
 use std::borrow::Cow;
 
+use serde::{Deserialize, Serialize};
+
 use super::{OldFacts, Refusal};
 use crate::patch::PatchFile;
 
 /// What no thread may be inside of when the code switches.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Consistency {
     /// No replaced function.
     #[default]
