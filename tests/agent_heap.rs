@@ -164,10 +164,10 @@ fn odd_layouts() {
             // SAFETY: freed with the layout that it was made with, grown with its own.
             unsafe {
                 let block = HEAP.alloc(layout);
-                assert!(!block.is_null() && block as usize % align == 0);
+                assert!(!block.is_null() && (block as usize).is_multiple_of(align));
                 block.write_bytes(0xa5, size);
                 let block = HEAP.realloc(block, layout, size * 2 + 1);
-                assert!(!block.is_null() && block as usize % align == 0);
+                assert!(!block.is_null() && (block as usize).is_multiple_of(align));
                 assert!((0..size).all(|n| *block.add(n) == 0xa5));
                 let block = HEAP.realloc(block, Layout::from_size_align(size * 2 + 1, align).unwrap(), 1);
                 assert!(size == 0 || *block == 0xa5);
@@ -180,7 +180,7 @@ fn odd_layouts() {
     // SAFETY: as above.
     unsafe {
         let block = HEAP.alloc(layout);
-        assert!(!block.is_null() && block as usize % layout.align() == 0);
+        assert!(!block.is_null() && (block as usize).is_multiple_of(layout.align()));
         HEAP.dealloc(block, layout);
     }
 }
@@ -247,25 +247,26 @@ fn nesting() {
 
 fn storm() {
     let before = heap::usage().used;
-    thread::scope(|s| {
-        for agent in [true, false, true, false] {
-            let (sender, receiver) = mpsc::channel::<Vec<u8>>();
-            s.spawn(move || {
-                let _inside = agent.then(heap::enter);
-                for n in 0..20_000_usize {
-                    sender.send(vec![n as u8; 1 + n * 31 % 700]).unwrap();
-                }
-            });
-            s.spawn(move || {
-                let _inside = (!agent).then(heap::enter);
-                for mut bytes in receiver {
-                    let first = bytes[0];
-                    bytes.extend_from_within(..bytes.len() / 2);
-                    assert!(bytes.iter().all(|b| *b == first));
-                }
-            });
-        }
-    });
+    let mut threads = Vec::new();
+    for agent in [true, false, true, false] {
+        let (sender, receiver) = mpsc::channel::<Vec<u8>>();
+        threads.push(thread::spawn(move || {
+            let _inside = agent.then(heap::enter);
+            for n in 0..20_000_usize {
+                sender.send(vec![n as u8; 1 + n * 31 % 700]).unwrap();
+            }
+        }));
+        threads.push(thread::spawn(move || {
+            let _inside = (!agent).then(heap::enter);
+            for mut bytes in receiver {
+                let first = bytes[0];
+                bytes.extend_from_within(..bytes.len() / 2);
+                assert!(bytes.iter().all(|b| *b == first));
+            }
+        }));
+    }
+    // joined, not only done: what a thread keeps for itself is freed at its end
+    threads.into_iter().for_each(|t| t.join().unwrap());
     assert_eq!(heap::usage().used, before);
 }
 

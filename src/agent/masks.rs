@@ -15,7 +15,7 @@
 //! What no wrapper sees: system calls that the program makes itself, `setcontext` and `siglongjmp` with a mask saved
 //! before [`own`], the BSD form of `sigpause`, a mask that a handler writes into its context, and the C library's own
 //! helper threads for `timer_create(SIGEV_THREAD)`, `aio` and `mq_notify`, which block everything. Therefore
-//! [`blocked_threads`] asks the kernel before each switch, [`is_installed`] asks whose handler it has, and what
+//! [`blocked_threads`] asks the kernel before each switch, [`is_installed`] asks for the handlers that it has, and what
 //! was overlooked means a refusal. For moments, inside of `pthread_create`, `posix_spawn` and a thread's end, the C
 //! library blocks all signals itself; only its own code runs then, so it must not be patched by `int3`.
 //!
@@ -284,9 +284,11 @@ pub unsafe fn install(signal: c_int, handler: Handler, block: u64) -> io::Result
     unsafe { change(signal, &action.to_libc()).map(drop) }
 }
 
-/// Does the kernel call this handler at this signal? A program that makes the system call itself can change it.
-pub fn is_installed(signal: c_int, handler: Handler) -> bool {
-    action_of(signal).is_ok_and(|a| a.sa_sigaction == handler as usize)
+/// Does the kernel still have the handler that [`install`] gave it? A program that makes the system call itself can
+/// change it.
+pub fn is_installed(signal: c_int) -> bool {
+    let installed = INSTALLED[usize::from(signal != libc::SIGTRAP)].load(SeqCst);
+    chain_of(signal, OWNED.load(SeqCst)).is_some() && action_of(signal).is_ok_and(|a| a.sa_sigaction == installed)
 }
 
 /// Gives both signals back: the kernel gets the chained handlers, and all handlers the masks that were asked for.
@@ -392,30 +394,33 @@ fn default_action(signal: c_int, info: *mut libc::siginfo_t) {
 }
 
 /// The threads of this process that have one of the signals blocked, with their names. What is blocked for a moment
-/// only, as the C library does in `pthread_create`, is looked at again and not reported; nor are threads that have
-/// ended.
+/// only, as the C library does in `pthread_create`, is looked at again, for up to 0.1 s, and not reported; nor are
+/// threads that have ended.
 ///
 /// # Errors
 /// Where `/proc/self/task` cannot be read, or says nothing of a thread's mask.
 pub fn blocked_threads(signals: &[c_int]) -> io::Result<Vec<(pid_t, String)>> {
-    const LOOKS: u32 = 6;
+    const ROUNDS: u32 = 11;
     let wanted = signals.iter().filter(|s| (1..=MAX_SIGNAL).contains(*s)).fold(0, |set, s| set | bit(*s));
-    let mut out = Vec::new();
+    let mut suspects = Vec::new();
     for entry in fs::read_dir("/proc/self/task")? {
         let Some(tid) = entry?.file_name().to_str().and_then(|n| n.parse::<pid_t>().ok()) else { continue };
-        for look in 0..LOOKS {
-            let Some((name, blocked)) = blocked_by(tid)? else { break };
-            if blocked & wanted == 0 {
-                break;
-            }
-            if look + 1 == LOOKS {
-                out.push((tid, name));
-                break;
-            }
-            std::thread::sleep(Duration::from_micros(100 << look));
+        suspects.push((tid, String::new()));
+    }
+    for round in 0..ROUNDS {
+        let mut still = Vec::new();
+        for (tid, _) in suspects {
+            still.extend(blocked_by(tid)?.filter(|(_, blocked)| blocked & wanted != 0).map(|(name, _)| (tid, name)));
+        }
+        suspects = still;
+        if suspects.is_empty() {
+            break;
+        }
+        if round + 1 < ROUNDS {
+            std::thread::sleep(Duration::from_micros(100 << round));
         }
     }
-    Ok(out)
+    Ok(suspects)
 }
 
 /// A thread's name and the signals that it blocks; `None` if it has ended.
