@@ -1,42 +1,35 @@
 //! A program that patches itself: it loads a library, lets it start threads of its own, and applies patches of that library while they run.
 //!
 //! ```text
-//! inside LIBRARY.so          then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
+//! inside LIBRARY.so [SOCKET]         then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
 //! ```
 //!
 //! The library has `void start(void)` and `const char *ask(const char *question)`.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_int, c_void, CString};
+use std::ffi::{c_char, c_void, CString};
 use std::io::BufRead;
 use std::time::Duration;
 
-use livepatch::patch::PatchFile;
-use livepatch::patcher::{Options, Patcher};
-use livepatch::switch::Switcher;
+use livepatch::agent::heap::Heap;
+use livepatch::patcher::Options;
+use livepatch::Agent;
 
-/// A trap that is not ours ends the program, as it would without us.
-unsafe fn pass_on(_signal: c_int, _info: *mut libc::siginfo_t, _context: *mut c_void) {
-    std::process::abort();
-}
+#[global_allocator]
+static HEAP: Heap = Heap::new();
 
 /// Applies and reverts so often; the figures of all, in JSON.
 fn flip(
     count: u32,
     path: &str,
     options: &Options,
-    switcher: &mut Switcher,
+    agent: &Agent,
 ) -> Result<serde_json::Value, Box<dyn std::error::Error>> {
-    let patch = PatchFile::parse(&std::fs::read(path)?)?;
+    let patch = std::fs::read(path)?;
     let (mut trapping, mut failures, mut applied) = (Vec::new(), std::collections::BTreeMap::new(), false);
     let mut sums = [0u64; 5];
     for _ in 0..count {
-        let mut process = Patcher::open_own()?;
-        let done = if applied {
-            process.revert_within(None, options, switcher)
-        } else {
-            process.apply_within(&patch, options, switcher)
-        };
+        let done = if applied { agent.revert(options) } else { agent.apply(&patch, options) };
         match done.map(|report| report.within) {
             Ok(within) => {
                 applied = !applied;
@@ -72,7 +65,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char) -> *const c_char>(ask),
         )
     };
-    let mut switcher = Switcher::install(libc::SIGRTMAX() - 3, pass_on)?;
+    let mut builder = Agent::builder().arena(64 << 20);
+    if let Some(socket) = std::env::args().nth(2) {
+        builder = builder.socket(socket);
+    }
+    let agent = builder.start()?;
     start();
     println!("ready");
     for line in std::io::stdin().lock().lines() {
@@ -80,16 +77,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
         let options = Options { timeout: Duration::from_secs(5), ..Options::default() };
         let said = match word {
-            "apply" => {
-                let patch = PatchFile::parse(&std::fs::read(rest)?)?;
-                Patcher::open_own().and_then(|mut p| p.apply_within(&patch, &options, &mut switcher))
-            }
+            "apply" => agent.apply(&std::fs::read(rest)?, &options),
             "flip" => {
                 let (count, path) = rest.split_once(' ').ok_or("flip COUNT FIX.so")?;
-                println!("{}", flip(count.parse()?, path, &options, &mut switcher)?);
+                println!("{}", flip(count.parse()?, path, &options, &agent)?);
                 continue;
             }
-            "revert" => Patcher::open_own().and_then(|mut p| p.revert_within(None, &options, &mut switcher)),
+            "revert" => agent.revert(&options),
+            "metrics" => {
+                println!("{}", agent.metrics());
+                continue;
+            }
             "ask" => {
                 let question = CString::new(rest)?;
                 // SAFETY: it gives a text that ends with a zero byte, until it is asked again.

@@ -29,6 +29,9 @@ pub mod signature;
 
 #[cfg(feature = "engine")]
 pub mod agent;
+#[cfg(feature = "agent")]
+pub use agent::Agent;
+
 #[cfg(feature = "engine")]
 pub mod elf;
 #[cfg(feature = "engine")]

@@ -60,6 +60,12 @@ pub struct Signed {
 /// The public keys whose patches are taken.
 pub struct Keys(Vec<(String, PublicKey)>);
 
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
+    }
+}
+
 impl Keys {
     /// From a file of one key, or a folder of `*.pub` files.
     ///

@@ -30,6 +30,7 @@ fn report(action: &'static str, patch: &str, given: &str) -> Report {
         sleepers_us: 0.0,
         threads: 3,
         attempts: 1,
+        within: None,
         warnings: vec![given.to_owned()],
     }
 }

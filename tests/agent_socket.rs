@@ -56,6 +56,7 @@ fn report(pid: i32, entries: usize) -> Report {
         sleepers_us: 0.0,
         threads: 3,
         attempts: 1,
+        within: None,
         warnings: vec![],
     }
 }

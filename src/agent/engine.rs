@@ -1,6 +1,5 @@
 //! What an agent does when it is asked: the use cases of the engine, by the wait-free switch.
 
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -78,7 +77,7 @@ impl Engine {
     }
 
     /// Answers a request.
-    pub fn answer(&mut self, request: Request, patch: Option<OwnedFd>, peer: Peer) -> Answer {
+    pub fn answer(&mut self, request: Request, patch: Option<SealedPatch>, peer: Peer) -> Answer {
         let by = By::Peer(peer);
         let done = match request {
             Request::Info => return Answer::Info(self.info()),
@@ -94,7 +93,9 @@ impl Engine {
                     return Answer::Failed(*failure);
                 }
             },
-            Request::Revert { name, all, options } => self.revert(name.as_deref(), all, &options, by).map(Answer::Reports),
+            Request::Revert { name, all, options } => {
+                self.revert(name.as_deref(), all, &options, by).map(Answer::Reports)
+            }
             Request::Canary { name, share } => {
                 let done = Patcher::open_own().and_then(|mut p| p.set_share(&name, share));
                 self.log.write(by, &Event::of("canary", Some(&name), done.as_ref().map(drop)));
@@ -119,13 +120,11 @@ impl Engine {
     }
 
     /// The patch that came, once its signature is good: nothing of it is looked at before.
-    fn patch_of(&self, given: &Given, patch: Option<OwnedFd>) -> Result<(PatchFile, Options), Box<Failure>> {
-        let no = |exit, kind, what: String| {
-            Box::new(Failure { kind, ..Failure::other(exit, what) })
-        };
+    fn patch_of(&self, given: &Given, patch: Option<SealedPatch>) -> Result<(PatchFile, Options), Box<Failure>> {
+        let no = |exit, kind, what: String| Box::new(Failure { kind, ..Failure::other(exit, what) });
         let damaged = |e: String| no(1, FailureKind::Other, e);
         let sent = patch.ok_or_else(|| damaged("no patch came with the request".into()))?;
-        let bytes = SealedPatch::check(sent).and_then(|s| s.read()).map_err(|e| damaged(e.to_string()))?;
+        let bytes = sent.read().map_err(|e| damaged(e.to_string()))?;
         let mut options = given.options.clone();
         if let Some(keys) = &self.keys {
             let signed = self.signed(keys, &bytes, given.signature.as_deref());
@@ -201,10 +200,13 @@ impl Engine {
         }
         let overdue = match newest.confirmation {
             // A command that waits for it from outside does so itself.
-            Some(Confirmed::Unconfirmed { by, watcher }) if watcher.is_none_or(|w| w == std::process::id()) => by <= now,
+            Some(Confirmed::Unconfirmed { by, watcher }) if watcher.is_none_or(|w| w == std::process::id()) => {
+                by <= now
+            }
             _ => false,
         };
-        let why = self.shared.observed.broken(&self.bounds).or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
+        let why =
+            self.shared.observed.broken(&self.bounds).or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
         let Some(why) = why else { return SOON };
         let name = newest.patch.clone();
         self.log.write(By::Breaker, &Event::breaks(&name, &why));

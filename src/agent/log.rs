@@ -95,7 +95,8 @@ impl Log {
     pub fn count(&mut self, done: &Result<Report, Error>) {
         match done {
             Ok(report) => {
-                *(if report.action == "apply" { &mut self.applies } else { &mut self.reverts }) += u64::from(!report.already);
+                *(if report.action == "apply" { &mut self.applies } else { &mut self.reverts }) +=
+                    u64::from(!report.already);
                 if let Some(within) = report.within {
                     self.trapping_us = within.trapping_us;
                     self.trapped += within.trapped;

@@ -22,7 +22,7 @@ pub mod server;
 pub mod wire;
 
 #[cfg(feature = "agent")]
-pub use program::{Agent, ApplyError, Builder, StartError};
+pub use program::{Agent, Builder, StartError};
 
 #[cfg(test)]
 mod tests;

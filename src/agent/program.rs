@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sys::signal::SigSet;
 use parking_lot::Mutex;
 
 use super::breaker::Bounds;
 use super::engine::{By, Engine, Shared};
+use super::heap::{self, HeapError};
 use super::log::Log;
 use super::masks::{self, OwnError};
 use super::server::{ServeError, Server, Stop};
-use crate::patch::{PatchError, PatchFile};
+use crate::patch::PatchFile;
 use crate::patcher::{Error, Options, Report};
 use crate::signature::{Keys, SignatureError};
 use crate::switch::{self, Switcher};
@@ -31,6 +33,9 @@ pub enum StartError {
     /// The kernel lacks something, or a thread could not be made.
     #[error("the agent can't be started: {0}")]
     Os(#[from] io::Error),
+    /// The memory can't be had.
+    #[error(transparent)]
+    Arena(#[from] HeapError),
     /// The socket can't be had.
     #[error(transparent)]
     Socket(#[from] ServeError),
@@ -46,6 +51,7 @@ pub struct Builder {
     keys: Option<PathBuf>,
     audit: Option<PathBuf>,
     look: Option<i32>,
+    arena_bytes: usize,
     bounds: Bounds,
 }
 
@@ -78,6 +84,14 @@ impl Builder {
         self
     }
 
+    /// Reserves so much memory at the start, locked where that is allowed, for all that the agent allocates: so the program's heap stays as it
+    /// was. It takes the program to have [`Heap`](super::heap::Heap) for its global allocator.
+    #[must_use]
+    pub fn arena(mut self, bytes: usize) -> Self {
+        self.arena_bytes = bytes;
+        self
+    }
+
     /// Reverts a patch that is not permanent when it does not keep these bounds.
     #[must_use]
     pub fn bounds(mut self, bounds: Bounds) -> Self {
@@ -99,6 +113,12 @@ impl Builder {
         let look = self.look.unwrap_or_else(|| libc::SIGRTMAX() - 3);
         let keys = self.keys.as_deref().map(Keys::load).transpose()?;
         let log = Log::new(self.audit.as_deref())?;
+        if self.arena_bytes > 0 {
+            let reserved = heap::reserve(self.arena_bytes, true)?;
+            if let Some(why) = reserved.not_locked {
+                tracing::warn!(target: "livepatch", "the agent's memory is not locked: {why}");
+            }
+        }
         let server = self.socket.as_deref().map(Server::bind).transpose()?;
         masks::own(look)?;
         let switcher = Switcher::install(look, masks::pass_on)?;
@@ -109,21 +129,30 @@ impl Builder {
         let stop = Stop::new()?;
         let mut threads = Vec::new();
         let mut spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            threads.push(std::thread::Builder::new().name(name.into()).spawn(run)?);
+            let of_agent = move || {
+                let _heap = heap::enter();
+                // The program's handlers run on its own threads; the agent's two signals are never blocked (`masks`).
+                let _ = SigSet::all().thread_block();
+                run();
+            };
+            threads.push(std::thread::Builder::new().name(name.into()).spawn(of_agent)?);
             io::Result::Ok(())
         };
         if let Some(server) = server {
             let (engine, stop, shared) = (Arc::clone(&engine), stop.clone(), Arc::clone(&shared));
-            spawn("livepatch", Box::new(move || {
-                let mut handler = |request, patch, peer| {
-                    let answer = engine.lock().answer(request, patch, peer);
-                    shared.wake();
-                    answer
-                };
-                if let Err(e) = server.serve(&stop, &mut handler) {
-                    tracing::error!(target: "livepatch", "the control socket is closed: {e}");
-                }
-            }))?;
+            spawn(
+                "livepatch",
+                Box::new(move || {
+                    let mut handler = |request, patch, peer| {
+                        let answer = engine.lock().answer(request, patch, peer);
+                        shared.wake();
+                        answer
+                    };
+                    if let Err(e) = server.serve(&stop, &mut handler) {
+                        tracing::error!(target: "livepatch", "the control socket is closed: {e}");
+                    }
+                }),
+            )?;
         }
         {
             let (engine, shared) = (Arc::clone(&engine), Arc::clone(&shared));
@@ -171,18 +200,6 @@ pub struct Agent {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Why the program's own patch was not applied.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ApplyError {
-    /// It is none.
-    #[error(transparent)]
-    Patch(#[from] PatchError),
-    /// It was not applied.
-    #[error(transparent)]
-    Engine(#[from] Error),
-}
-
 impl Agent {
     /// What is to be started.
     ///
@@ -195,16 +212,23 @@ impl Agent {
         Builder::default()
     }
 
+    /// The engine, for this thread: what it allocates is the agent's.
+    fn engine(&self) -> EngineGuard<'_> {
+        let heap = heap::enter();
+        EngineGuard { engine: self.engine.lock(), _heap: heap }
+    }
+
     /// Applies a patch from a file, for the program itself. No key is asked for: the program may do what it likes.
     ///
     /// # Errors
     ///
     /// It is no patch, or was not applied.
-    pub fn apply(&self, patch: &[u8], options: &Options) -> Result<Report, ApplyError> {
+    pub fn apply(&self, patch: &[u8], options: &Options) -> Result<Report, Error> {
+        let mut engine = self.engine();
         let patch = PatchFile::parse(patch)?;
-        let done = self.engine.lock().apply(&patch, options, By::Program);
+        let done = engine.apply(&patch, options, By::Program);
         self.shared.wake();
-        Ok(done?)
+        done
     }
 
     /// Reverts the newest patch.
@@ -213,7 +237,7 @@ impl Agent {
     ///
     /// It was not reverted.
     pub fn revert(&self, options: &Options) -> Result<Report, Error> {
-        let mut done = self.engine.lock().revert(None, false, options, By::Program)?;
+        let mut done = self.engine().revert(None, false, options, By::Program)?;
         done.pop().ok_or(Error::NothingApplied { pid: crate::process::Pid(std::process::id().cast_signed()) })
     }
 
@@ -223,7 +247,7 @@ impl Agent {
     ///
     /// No such patch is applied.
     pub fn confirm(&self, name: &str) -> Result<(), Error> {
-        self.engine.lock().confirm(name, By::Program)
+        self.engine().confirm(name, By::Program)
     }
 
     /// Tells of a piece of the program's work: whether it failed, and how long it took. The [bounds](Builder::bounds) are held against that.
@@ -235,7 +259,26 @@ impl Agent {
     /// Figures in Prometheus' text format, to be added to the program's own.
     #[must_use]
     pub fn metrics(&self) -> String {
-        self.engine.lock().metrics()
+        self.engine().metrics()
+    }
+}
+
+struct EngineGuard<'a> {
+    engine: parking_lot::MutexGuard<'a, Engine>,
+    _heap: heap::Inside,
+}
+
+impl std::ops::Deref for EngineGuard<'_> {
+    type Target = Engine;
+
+    fn deref(&self) -> &Engine {
+        &self.engine
+    }
+}
+
+impl std::ops::DerefMut for EngineGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Engine {
+        &mut self.engine
     }
 }
 

@@ -163,6 +163,7 @@ fn answers_come_back() {
         sleepers_us: 0.0,
         threads: 9,
         attempts: 1,
+        within: None,
         warnings: vec!["w".into()],
     };
     let patch = PatchStatus {

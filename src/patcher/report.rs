@@ -31,14 +31,14 @@ pub struct Report {
     /// How many holds it took.
     pub attempts: u32,
     /// What it took from inside, where nobody was held.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within: Option<Within>,
     /// What went less well than it could.
     pub warnings: Vec<String>,
 }
 
 /// What a switch from inside the process took.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Within {
     /// How long traps stood over the entries, in µs.
     pub trapping_us: f64,

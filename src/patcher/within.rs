@@ -231,6 +231,7 @@ fn not_switched(pid: Pid, error: SwitchError) -> Error {
             let name = procfs::thread_name(pid, *tid);
             return outside(format!("thread {tid} ({name}) blocks SIGTRAP or the signal of the agent"));
         }
+        SwitchError::Taken => return outside(error.to_string()),
         SwitchError::TakenBack(inside, _) | SwitchError::Unfinished(inside, _) => (inside.clone(), error.to_string()),
     };
     if let SwitchError::Process(e) = error {

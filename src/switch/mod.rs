@@ -86,6 +86,9 @@ pub enum SwitchError {
         /// One of them.
         tid: Tid,
     },
+    /// Somebody took a signal away that the switch needs; nothing was done.
+    #[error("the handler of SIGTRAP or of the agent's signal is another")]
+    Taken,
     /// A thread stayed in the code that was to be left; the switch was taken back, and the other code may have run.
     #[error("taken back, some calls may have run the other version: {}", said(.0.as_ref()))]
     TakenBack(Option<Inside>, SwitchTimes),
@@ -172,6 +175,9 @@ impl Switcher {
     ) -> Result<SwitchTimes, SwitchError> {
         let patience = deadline.saturating_duration_since(Instant::now());
         check(process, &plan.traps)?;
+        if !trap::is_installed(self.look) {
+            return Err(SwitchError::Taken);
+        }
         self.check_masks(process)?;
         let table = table(process, &plan.traps, &plan.leave)?;
         let mut times = SwitchTimes::default();
@@ -295,7 +301,8 @@ impl Switcher {
 pub fn is_on_own_stack(watch: &WatchList) -> bool {
     let marker = 0u64;
     let here = ProcAddr(std::ptr::from_ref(&marker) as u64 & !7);
-    let maps = std::fs::read("/proc/self/maps").ok().and_then(|text| crate::maps::parse(&text).ok()).unwrap_or_default();
+    let maps =
+        std::fs::read("/proc/self/maps").ok().and_then(|text| crate::maps::parse(&text).ok()).unwrap_or_default();
     let Some(mut at) = crate::maps::find(&maps, here).map(|m| (here, m.range.end)) else { return false };
     let mut buffer = [0u8; 4096];
     while at.0 < at.1 {

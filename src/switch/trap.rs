@@ -145,6 +145,18 @@ fn set_handler(signal: c_int, handler: Handler) -> io::Result<()> {
     }
 }
 
+/// Whether the kernel still has these handlers: a system call of the program's own may have taken them away.
+pub fn is_installed(look: c_int) -> bool {
+    [(libc::SIGTRAP, on_trap as Handler), (look, on_look)].into_iter().all(|(signal, ours)| {
+        let mut there = [0usize; 4];
+        // SAFETY: room for what the kernel tells, in its layout: the handler comes first.
+        let result = unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, std::ptr::null::<c_void>(), there.as_mut_ptr(), 8usize)
+        };
+        result == 0 && there[0] == ours as usize
+    })
+}
+
 /// Where the handlers return to. Byte for byte what debuggers and unwinders know a signal frame by.
 #[unsafe(naked)]
 unsafe extern "C" fn restore() {
