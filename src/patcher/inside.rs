@@ -35,7 +35,9 @@ impl Patcher {
         let threads =
             procfs::threads(pid).map_err(|e| crate::process::ProcessError::from_os(pid, "list the threads", e))?;
         let (mut out, mut running, mut cfi) = (Vec::new(), 0, None);
-        for tid in threads {
+        // From inside, the thread that looks is none of the program's, and has addresses of the patch on its stack.
+        let own = self.by_threads.then(procfs::own_tid);
+        for tid in threads.into_iter().filter(|t| Some(*t) != own) {
             let Some(blocked) = procfs::blocked_in(pid, tid) else {
                 running += 1;
                 continue;

@@ -23,7 +23,7 @@ const ANSWER: Duration = Duration::from_millis(10);
 const TURNS: u32 = 20;
 
 /// A sleeping thread whose stack could not be followed so often is asked by a signal.
-const PATIENCE: u32 = 4;
+const PATIENCE: u32 = 2;
 
 /// What a look at a thread found.
 enum Seen {
@@ -62,7 +62,7 @@ impl<'a> Looker<'a> {
     ///
     /// One was not by `deadline`, if that can be told.
     pub fn until_clear(&mut self, deadline: Instant) -> Result<usize, Option<Inside>> {
-        let mut pause = Duration::from_micros(50);
+        let mut pause = Duration::from_micros(20);
         loop {
             self.passes += 1;
             let (count, last) = self.pass(deadline)?;
@@ -137,7 +137,7 @@ impl<'a> Looker<'a> {
         let pid = self.pid();
         let until = deadline.min(Instant::now() + ANSWER);
         let is_clear = |tid: &&Tid| self.table.marks.slot(**tid).is_some_and(|s| s.get() == Mark::Clear);
-        let own = sys::own_tid();
+        let own = procfs::own_tid();
         // All at once: those that find nothing mark themselves, and nothing has to be copied.
         for tid in tids.iter().filter(|t| **t != own) {
             self.signals += u64::from(sys::send(pid, *tid, self.look).is_ok());
@@ -177,7 +177,7 @@ impl<'a> Looker<'a> {
     /// A thread that sleeps, by what /proc says of it and its stack: it did not run between two counts that are the same.
     fn asleep(&mut self, tid: Tid) -> Seen {
         let pid = self.pid();
-        if tid == sys::own_tid() {
+        if tid == procfs::own_tid() {
             return Seen::Runs;
         }
         let runs = procfs::run_count(pid, tid);

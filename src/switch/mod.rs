@@ -145,7 +145,7 @@ impl Switcher {
     /// The kernel has no membarrier(2) for code, or does not count how often threads run.
     pub fn install(look: i32, pass_on: PassOn) -> std::io::Result<Self> {
         sys::register_barrier()?;
-        let own = sys::own_tid();
+        let own = procfs::own_tid();
         if procfs::run_count(crate::process::Pid(std::process::id().cast_signed()), own) == 0 {
             return Err(std::io::Error::other("the kernel does not count how often threads run (schedstat)"));
         }

@@ -39,12 +39,6 @@ pub fn send(pid: Pid, tid: Tid, signal: c_int) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_tgkill, pid.0, tid.0, signal) }).map(drop)
 }
 
-/// The calling thread.
-pub fn own_tid() -> Tid {
-    // SAFETY: it takes nothing and cannot fail.
-    Tid(unsafe { libc::gettid() })
-}
-
 /// Reads memory of this process that need not be there, all or nothing. Safe in a signal handler and in a child of fork; changes errno.
 pub fn read_own(at: ProcAddr, buf: &mut [u8]) -> bool {
     // SAFETY: it takes nothing and cannot fail.
@@ -94,6 +88,7 @@ pub fn control_block(tid: Tid) -> Option<ProcAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::ptrace::procfs::own_tid;
 
     #[test]
     fn own_memory_is_read_if_it_is_there() {

@@ -22,6 +22,7 @@ use super::sys;
 use crate::addr::{ProcAddr, ProcRange};
 use crate::insn;
 use crate::plan::sites::Trap;
+use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, Pid, Registers, Tid};
 use crate::quiesce::StackMap;
 use crate::stack::{Part, WatchList, Watched};
@@ -114,15 +115,17 @@ pub enum Answer {
 /// come late.
 pub fn install(look: c_int, pass_on: PassOn) -> io::Result<()> {
     PASS_ON.store(pass_on as usize, Ordering::SeqCst);
-    set_handler(libc::SIGTRAP, on_trap)?;
-    set_handler(look, on_look)?;
+    // Signal stacks may be as small as two frames (Rust's are): at most one handler of ours is on one. SIGTRAP is not blocked while it is
+    // handled, for a switch does not begin while a thread blocks it, and a handler may be preempted for long.
+    set_handler(libc::SIGTRAP, on_trap, libc::SA_NODEFER, 1 << (look - 1))?;
+    set_handler(look, on_look, 0, 0)?;
     sys::at_fork(in_child)
 }
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 
 /// By the system call itself: whatever stands before the C library's sigaction keeps programs from taking these away.
-fn set_handler(signal: c_int, handler: Handler) -> io::Result<()> {
+fn set_handler(signal: c_int, handler: Handler, more: c_int, mask: u64) -> io::Result<()> {
     #[repr(C)]
     struct KernelAction {
         handler: usize,
@@ -131,9 +134,8 @@ fn set_handler(signal: c_int, handler: Handler) -> io::Result<()> {
         mask: u64,
     }
     const SA_RESTORER: u64 = 0x0400_0000;
-    // Not blocked while it is handled: a switch does not begin while a thread blocks SIGTRAP, and a handler may be preempted for long.
-    let flags = (libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | libc::SA_NODEFER) as u64 | SA_RESTORER;
-    let action = KernelAction { handler: handler as usize, flags, restorer: restore as *const () as usize, mask: 0 };
+    let flags = (libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | more) as u64 | SA_RESTORER;
+    let action = KernelAction { handler: handler as usize, flags, restorer: restore as *const () as usize, mask };
     // SAFETY: `action` is a local of the kernel's layout (sigaction(2), "C library/kernel differences"); the handlers keep to the rules above.
     let result = unsafe {
         libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, std::ptr::null_mut::<c_void>(), 8usize)
@@ -322,7 +324,7 @@ fn own_thread(table: &Table, registers: Registers) -> HeldThread {
     unsafe { core::arch::asm!("mov {}, fs:[0]", out(reg) fs, options(nostack, preserves_flags, readonly)) };
     // The only thread of a forked child has the stack of the one that called fork.
     let is_main = table.stacks.is_main(registers.sp());
-    HeldThread { tid: sys::own_tid(), is_main, registers: Registers { fs_base: ProcAddr(fs), ..registers } }
+    HeldThread { tid: procfs::own_tid(), is_main, registers: Registers { fs_base: ProcAddr(fs), ..registers } }
 }
 
 /// In a child of fork(2), before it returns there: a switch that was on its way in the parent comes to its end, by the one thread that there is.

@@ -136,6 +136,12 @@ pub fn thread_name(pid: Pid, tid: Tid) -> String {
     String::from_utf8_lossy(name.trim_ascii_end()).into_owned()
 }
 
+/// The calling thread.
+#[must_use]
+pub fn own_tid() -> Tid {
+    Tid(super::sys::own_tid())
+}
+
 /// The threads of a process.
 pub fn threads(pid: Pid) -> io::Result<Vec<Tid>> {
     let mut out = Vec::new();
