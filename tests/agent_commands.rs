@@ -1,6 +1,8 @@
 //! The commands where an agent listens: they ask it, say what it says, and go in from outside only when it asks for that.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{chown, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -93,19 +95,28 @@ struct Gateway {
 impl Gateway {
     fn start(mode: &str) -> Self {
         let socket = std::env::temp_dir().join(format!("livepatch-{mode}-{}.sock", std::process::id()));
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        Self::start_as(mode, socket, Command::new(std::env::current_exe().unwrap())).expect("the stand-in")
+    }
+
+    /// With a command that becomes the stand-in; nothing if it does not.
+    fn start_as(mode: &str, socket: PathBuf, mut command: Command) -> Option<Self> {
         command.args(["--exact", "the_stand_in", "--nocapture", "--test-threads=1"]);
         command.env("MODE", mode).env("SOCKET", &socket).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
-        assert!(lines.any(|l| l.unwrap().contains("ready")), "it does not start");
-        Self { child, socket }
+        let is_ready = lines.any(|l| l.unwrap().contains("ready"));
+        let gateway = Self { child, socket };
+        is_ready.then_some(gateway)
     }
 
     /// Runs a command on it.
     fn run(&self, command: &str, more: &[&str]) -> Ran {
-        let pid = self.child.id().to_string();
-        let out = Command::new(env!("CARGO_BIN_EXE_livepatch")).arg(command).arg(&pid).args(more).output().unwrap();
+        Self::run_with(Command::new(env!("CARGO_BIN_EXE_livepatch")), self.child.id(), command, more)
+    }
+
+    fn run_with(mut livepatch: Command, pid: u32, command: &str, more: &[&str]) -> Ran {
+        let pid = pid.to_string();
+        let out = livepatch.arg(command).arg(&pid).args(more).output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replace(&pid, "PID");
         Ran { code: out.status.code(), stdout: text(out.stdout), stderr: text(out.stderr) }
     }
@@ -241,4 +252,63 @@ fn an_answer_to_another_question_is_an_error() {
         let ran = gateway.run(command, &[more]);
         assert!(ran.code == Some(1) && ran.stderr.contains("answers another question"), "{ran:?}");
     }
+}
+
+#[test]
+fn an_agent_in_a_container_is_asked() {
+    // PIDs of its own, and a folder that nobody outside sees.
+    let folder = std::env::temp_dir().join(format!("livepatch-container-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount", "sh", "-c", r#"mount -t tmpfs none "$0" && exec "$@""#]);
+    command.arg(&folder).arg(std::env::current_exe().unwrap());
+    let inside = folder.join("livepatch.sock");
+    let Some(gateway) = Gateway::start_as("inside", inside.clone(), command) else {
+        std::fs::remove_dir(&folder).unwrap();
+        eprintln!("not tested, for want of root: an agent in namespaces of its own");
+        return;
+    };
+    let unshare = gateway.child.id();
+    let children = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
+    let pid = children.trim().parse().unwrap();
+    assert!(!inside.exists());
+    let livepatch = || Command::new(env!("CARGO_BIN_EXE_livepatch"));
+    let apply = Gateway::run_with(livepatch(), pid, "apply", &[PATCH, "--json"]);
+    assert_eq!((&apply.json()["by"], &apply.json()["pid"]), (&"agent".into(), &4711.into()), "{apply:?}");
+    drop(gateway);
+    std::fs::remove_dir(&folder).unwrap();
+}
+
+#[test]
+fn an_ordinary_user_asks_the_agents_of_their_own_processes() {
+    const NOBODY: u32 = 65_534;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not tested, for want of root: it is what the other tests are then");
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("livepatch-nobody-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+    for (from, to) in [(env!("CARGO_BIN_EXE_livepatch"), "livepatch"), (PATCH, "fix.so")] {
+        std::fs::copy(from, folder.join(to)).unwrap();
+        std::fs::set_permissions(folder.join(to), std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    chown(&folder, Some(NOBODY), None).unwrap();
+    let (livepatch, fix) = (folder.join("livepatch"), folder.join("fix.so"));
+    let run_as = |uid: u32, gateway: &Gateway| {
+        let mut command = Command::new(&livepatch);
+        command.uid(uid).gid(uid);
+        Gateway::run_with(command, gateway.child.id(), "apply", &[fix.to_str().unwrap()])
+    };
+    let mut command = Command::new("/proc/self/exe");
+    command.uid(NOBODY).gid(NOBODY).current_dir("/");
+    let gateway = Gateway::start_as("theirs", folder.join("livepatch.sock"), command).expect("the stand-in");
+    let own = run_as(NOBODY, &gateway);
+    assert!(own.code == Some(0) && own.stdout.contains("applied patch"), "{own:?}");
+    let root = run_as(0, &gateway);
+    assert!(root.code == Some(0) && root.stdout.contains("applied patch"), "{root:?}");
+    let other = run_as(NOBODY - 1, &gateway);
+    assert_eq!(other.code, Some(6), "{other:?}");
+    drop(gateway);
+    std::fs::remove_dir_all(&folder).unwrap();
 }
