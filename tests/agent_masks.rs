@@ -32,6 +32,9 @@ const CASES: &[Case] = &[
     ("a handler from before is chained", chained_before, None),
     ("a handler from later is chained", chained_after, None),
     ("a chained handler's mask holds, but for SIGTRAP", chained_mask, None),
+    ("a chained handler's changes of the context", chained_context, None),
+    ("a chained handler that jumps out", chained_jump, None),
+    ("the other signal is passed on", look_passed_on, None),
     ("a chained handler that resets itself", resets, Some(libc::SIGTRAP)),
     ("the default action kills", default_int3, Some(libc::SIGTRAP)),
     ("the default action kills after kill", default_kill, Some(libc::SIGTRAP)),
@@ -237,6 +240,45 @@ fn chained_mask() {
     handle(libc::SIGTRAP, Some(action(nested_handler as *const () as usize, 0, full())));
     int3();
     assert_eq!((traps(), FOREIGN.load(SeqCst), kernel_mask()), (1, 1, 0));
+}
+
+extern "C" fn blocking_handler(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: what the kernel told.
+    unsafe { (*context.cast::<libc::ucontext_t>()).uc_sigmask = full() };
+}
+
+fn chained_context() {
+    own_and_pass_on();
+    handle(libc::SIGTRAP, Some(action(blocking_handler as *const () as usize, libc::SA_SIGINFO, full())));
+    int3();
+    assert_eq!(kernel_mask() & (BOTH | bit(libc::SIGUSR1)), bit(libc::SIGUSR1));
+    int3();
+}
+
+fn chained_jump() {
+    own_and_pass_on();
+    call_library("lib_jump");
+    remove_library();
+    assert_eq!(kernel_mask(), 0);
+}
+
+fn look_passed_on() {
+    own();
+    // SAFETY: it only passes on.
+    unsafe { masks::install(LOOK, on_trap, 0).unwrap() };
+    PASSES.store(1, SeqCst);
+    let look = || {
+        // SAFETY: a signal to this thread.
+        unsafe { libc::raise(LOOK) };
+    };
+    look(); // whose default is to be ignored
+    assert!(masks::is_installed(LOOK));
+    handle(LOOK, Some(action(plain_handler as *const () as usize, 0, full())));
+    look();
+    assert_eq!(FOREIGN.load(SeqCst), 1);
+    masks::disown();
+    look();
+    assert_eq!((FOREIGN.load(SeqCst), handle(LOOK, None).sa_sigaction), (2, plain_handler as *const () as usize));
 }
 
 fn resets() {

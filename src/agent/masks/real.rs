@@ -84,6 +84,7 @@ type Pselect = unsafe extern "C-unwind" fn(
     *const timespec,
     *const sigset_t,
 ) -> c_int;
+#[cfg(not(all(target_env = "musl", target_feature = "crt-static")))]
 type EpollPwait = unsafe extern "C-unwind" fn(c_int, *mut epoll_event, c_int, c_int, *const sigset_t) -> c_int;
 type EpollPwait2 =
     unsafe extern "C-unwind" fn(c_int, *mut epoll_event, c_int, *const timespec, *const sigset_t) -> c_int;
@@ -126,7 +127,7 @@ pub(super) extern "C" fn resolve_all() {
 static BEFORE_MAIN: extern "C" fn() = resolve_all;
 
 /// The signals that C libraries keep for themselves: 32 and 33 of glibc, 34 too of musl.
-const RESERVED: u64 = 1 << 31 | 1 << 32 | if cfg!(target_env = "musl") { 1 << 33 } else { 0 };
+pub(super) const RESERVED: u64 = 1 << 31 | 1 << 32 | if cfg!(target_env = "musl") { 1 << 33 } else { 0 };
 
 /// `sigaction(2)`.
 pub(super) unsafe fn sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int {
@@ -354,6 +355,7 @@ pub(super) unsafe fn pselect(
 }
 
 /// `epoll_pwait(2)`.
+#[cfg(not(all(target_env = "musl", target_feature = "crt-static")))]
 pub(super) unsafe fn epoll_pwait(
     fd: c_int,
     events: *mut epoll_event,
