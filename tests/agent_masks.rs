@@ -48,6 +48,7 @@ const CASES: &[Case] = &[
     ("everything is given back", disowned, None),
     ("a handler displaced by the system call is noticed", displaced, None),
     ("threads come and go", storm, None),
+    ("handlers change while traps come", changing, None),
     ("what cannot be owned", refused, None),
 ];
 
@@ -543,4 +544,33 @@ fn displaced() {
     unsafe { libc::syscall(libc::SYS_rt_sigaction, libc::SIGTRAP, &ignore, 0, 8) };
     assert!(!masks::is_installed(libc::SIGTRAP) && masks::is_installed(LOOK));
     assert!(!masks::is_installed(libc::SIGUSR1));
+}
+
+fn changing() {
+    own_and_pass_on();
+    let handlers = [
+        action(plain_handler as *const () as usize, 0, full()),
+        action(info_handler as *const () as usize, libc::SA_SIGINFO, full()),
+    ];
+    handle(libc::SIGTRAP, Some(handlers[0]));
+    let end = Instant::now() + Duration::from_millis(700);
+    let trapping = || {
+        let mut count = 0;
+        while Instant::now() < end {
+            int3();
+            count += 1;
+        }
+        count
+    };
+    let traps: u32 = thread::scope(|s| {
+        s.spawn(|| {
+            for n in (0..2).cycle().take_while(|_| Instant::now() < end) {
+                let before = handle(libc::SIGTRAP, Some(handlers[n]));
+                let known = handlers.iter().find(|h| h.sa_sigaction == before.sa_sigaction).expect("a whole action");
+                assert_eq!(before.sa_flags, known.sa_flags);
+            }
+        });
+        [s.spawn(trapping), s.spawn(trapping)].into_iter().map(|t| t.join().unwrap()).sum()
+    });
+    assert_eq!(FOREIGN.load(SeqCst), traps);
 }

@@ -434,3 +434,50 @@ pub(super) fn send_to_self(signal: c_int, info: *mut libc::siginfo_t) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static RUNS: AtomicUsize = AtomicUsize::new(0);
+
+    extern "C" fn handler(_: c_int) {
+        RUNS.fetch_add(1, Relaxed);
+    }
+
+    #[test]
+    fn without_a_library_the_handler_still_comes_back() {
+        // SAFETY: the handler only counts, and is taken away again.
+        unsafe {
+            let mut new: libc::sigaction = zeroed();
+            new.sa_sigaction = handler as *const () as usize;
+            new.sa_mask = set_of(bit(libc::SIGHUP));
+            new.sa_flags = libc::SA_RESTART;
+            let mut old: libc::sigaction = zeroed();
+            assert_eq!(raw_sigaction(libc::SIGWINCH, &new, &mut old), 0);
+            let default = old;
+            libc::raise(libc::SIGWINCH);
+            assert_eq!(RUNS.load(Relaxed), 1);
+            assert_eq!(raw_sigaction(libc::SIGWINCH, &default, &mut old), 0);
+            assert_eq!((old.sa_sigaction, old.sa_flags), (new.sa_sigaction, libc::SA_RESTART));
+            assert_eq!(low_word(&old.sa_mask), bit(libc::SIGHUP));
+            assert_eq!(raw_sigaction(33, null(), &mut old), -1);
+            assert_eq!(raw_sigaction(libc::SIGKILL, &new, null_mut()), -1);
+        }
+    }
+
+    #[test]
+    fn system_calls_do_what_the_library_does() {
+        // SAFETY: sets and times of this test.
+        unsafe {
+            let set = set_of(bit(libc::SIGUSR1) | RESERVED);
+            let mut old: sigset_t = zeroed();
+            assert_eq!(raw_mask(libc::SIG_BLOCK, &set, null_mut()), 0);
+            assert_eq!(raw_mask(libc::SIG_UNBLOCK, &set, &mut old), 0);
+            assert_eq!(low_word(&old) & (bit(libc::SIGUSR1) | RESERVED), bit(libc::SIGUSR1));
+            assert_eq!(change_mask(libc::SIG_BLOCK, 0) & bit(libc::SIGUSR1), 0);
+            assert_eq!(raw_mask(99, &set, null_mut()), -1);
+            assert_eq!(copy(null()).is_none(), pointer(&mut None).is_null());
+        }
+    }
+}
