@@ -32,6 +32,9 @@ const CASES: &[Case] = &[
     ("a handler from before is chained", chained_before, None),
     ("a handler from later is chained", chained_after, None),
     ("a chained handler's mask holds, but for SIGTRAP", chained_mask, None),
+    ("a chained handler's changes of the context", chained_context, None),
+    ("a chained handler that jumps out", chained_jump, None),
+    ("the other signal is passed on", look_passed_on, None),
     ("a chained handler that resets itself", resets, Some(libc::SIGTRAP)),
     ("the default action kills", default_int3, Some(libc::SIGTRAP)),
     ("the default action kills after kill", default_kill, Some(libc::SIGTRAP)),
@@ -45,6 +48,7 @@ const CASES: &[Case] = &[
     ("everything is given back", disowned, None),
     ("a handler displaced by the system call is noticed", displaced, None),
     ("threads come and go", storm, None),
+    ("handlers change while traps come", changing, None),
     ("what cannot be owned", refused, None),
 ];
 
@@ -237,6 +241,45 @@ fn chained_mask() {
     handle(libc::SIGTRAP, Some(action(nested_handler as *const () as usize, 0, full())));
     int3();
     assert_eq!((traps(), FOREIGN.load(SeqCst), kernel_mask()), (1, 1, 0));
+}
+
+extern "C" fn blocking_handler(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: what the kernel told.
+    unsafe { (*context.cast::<libc::ucontext_t>()).uc_sigmask = full() };
+}
+
+fn chained_context() {
+    own_and_pass_on();
+    handle(libc::SIGTRAP, Some(action(blocking_handler as *const () as usize, libc::SA_SIGINFO, full())));
+    int3();
+    assert_eq!(kernel_mask() & (BOTH | bit(libc::SIGUSR1)), bit(libc::SIGUSR1));
+    int3();
+}
+
+fn chained_jump() {
+    own_and_pass_on();
+    call_library("lib_jump");
+    remove_library();
+    assert_eq!(kernel_mask(), 0);
+}
+
+fn look_passed_on() {
+    own();
+    // SAFETY: it only passes on.
+    unsafe { masks::install(LOOK, on_trap, 0).unwrap() };
+    PASSES.store(1, SeqCst);
+    let look = || {
+        // SAFETY: a signal to this thread.
+        unsafe { libc::raise(LOOK) };
+    };
+    look(); // whose default is to be ignored
+    assert!(masks::is_installed(LOOK));
+    handle(LOOK, Some(action(plain_handler as *const () as usize, 0, full())));
+    look();
+    assert_eq!(FOREIGN.load(SeqCst), 1);
+    masks::disown();
+    look();
+    assert_eq!((FOREIGN.load(SeqCst), handle(LOOK, None).sa_sigaction), (2, plain_handler as *const () as usize));
 }
 
 fn resets() {
@@ -501,4 +544,33 @@ fn displaced() {
     unsafe { libc::syscall(libc::SYS_rt_sigaction, libc::SIGTRAP, &ignore, 0, 8) };
     assert!(!masks::is_installed(libc::SIGTRAP) && masks::is_installed(LOOK));
     assert!(!masks::is_installed(libc::SIGUSR1));
+}
+
+fn changing() {
+    own_and_pass_on();
+    let handlers = [
+        action(plain_handler as *const () as usize, 0, full()),
+        action(info_handler as *const () as usize, libc::SA_SIGINFO, full()),
+    ];
+    handle(libc::SIGTRAP, Some(handlers[0]));
+    let end = Instant::now() + Duration::from_millis(700);
+    let trapping = || {
+        let mut count = 0;
+        while Instant::now() < end {
+            int3();
+            count += 1;
+        }
+        count
+    };
+    let traps: u32 = thread::scope(|s| {
+        s.spawn(|| {
+            for n in (0..2).cycle().take_while(|_| Instant::now() < end) {
+                let before = handle(libc::SIGTRAP, Some(handlers[n]));
+                let known = handlers.iter().find(|h| h.sa_sigaction == before.sa_sigaction).expect("a whole action");
+                assert_eq!(before.sa_flags, known.sa_flags);
+            }
+        });
+        [s.spawn(trapping), s.spawn(trapping)].into_iter().map(|t| t.join().unwrap()).sum()
+    });
+    assert_eq!(FOREIGN.load(SeqCst), traps);
 }

@@ -9,6 +9,8 @@
 //! once ([`reserve`]); everything else comes from the program's allocator. Freeing goes by address, whoever frees. A
 //! full arena is no error: the program's allocator serves then, and [`usage`] counts it.
 //!
+//! What the C library allocates for itself (`opendir`, `pthread_create`) does not come here.
+//!
 //! The arena is [`talc`]'s, behind a lock of two words that allocates nothing. The lock is held over `fork`, so a
 //! child can free what its parent's agent made.
 //!

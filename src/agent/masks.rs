@@ -19,6 +19,8 @@
 //! was overlooked means a refusal. For moments, inside of `pthread_create`, `posix_spawn` and a thread's end, the C
 //! library blocks all signals itself; only its own code runs then, so it must not be patched by `int3`.
 //!
+//! For the same reason nobody gets either signal from `sigwait` or `signalfd`: the handler takes it.
+//!
 //! A chained handler runs as if it had `SA_NODEFER`, with SIGTRAP unblocked, for it may call patched functions, and
 //! on the alternate stack, if the thread has one.
 //!
@@ -89,8 +91,8 @@ thread_local! {
 pub enum OwnError {
     /// Calls from libraries go past the wrappers.
     #[error(
-        "calls of `{symbol}` from shared libraries do not reach the agent, so a library could block SIGTRAP; link the \
-         program with -C link-arg=-Wl,--export-dynamic, and link livepatch into the executable itself"
+        "calls of `{symbol}` from shared libraries do not reach the agent, so a library could block SIGTRAP; link \
+         livepatch into the executable itself, and let nothing hide its symbols (--exclude-libs, a version script)"
     )]
     NotInterposed {
         /// The function that libraries find elsewhere.
@@ -214,7 +216,8 @@ fn change_handler_mask(signal: c_int, edit: impl Fn(u64) -> u64) -> io::Result<(
 
 /// The signals whose handlers a program can have.
 fn signals() -> impl Iterator<Item = c_int> {
-    (1..=MAX_SIGNAL).filter(|s| ![libc::SIGKILL, libc::SIGSTOP, 32, 33].contains(s))
+    let is_kept = |s: c_int| [libc::SIGKILL, libc::SIGSTOP].contains(&s) || bit(s) & real::RESERVED != 0;
+    (1..=MAX_SIGNAL).filter(move |s| !is_kept(*s))
 }
 
 /// Makes SIGTRAP and `look` the agent's: they are blocked no more by what goes through the C library, and their
@@ -225,7 +228,7 @@ fn signals() -> impl Iterator<Item = c_int> {
 /// # Errors
 /// Where a call from a library would go past the wrappers, where `look` is not fit, and where the kernel refuses.
 pub fn own(look: c_int) -> Result<(), OwnError> {
-    if !signals().any(|s| s == look) || UNFIT.contains(&look) || (look == 34 && cfg!(target_env = "musl")) {
+    if !signals().any(|s| s == look) || UNFIT.contains(&look) {
         return Err(OwnError::UnfitSignal { signal: look });
     }
     real::resolve_all();
@@ -305,9 +308,7 @@ pub fn disown() {
     }
     for signal in signals().filter(|s| bit(*s) & owned != 0) {
         let Some(chain) = chain_of(signal, owned) else { continue };
-        if INSTALLED[usize::from(signal != libc::SIGTRAP)].swap(0, SeqCst) == 0 {
-            continue;
-        }
+        INSTALLED[usize::from(signal != libc::SIGTRAP)].store(0, SeqCst);
         loop {
             let seen = chain.read();
             // SAFETY: 3: the program gave this handler for this signal.

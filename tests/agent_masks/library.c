@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <poll.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -104,4 +105,23 @@ int lib_ppoll(struct pollfd *fds, int count) {
     sigset_t set = all();
     memcpy(own, fds, count * sizeof *own);
     return ppoll(own, count, NULL, &set);
+}
+
+static sigjmp_buf back;
+
+static void jumps(int signal) { siglongjmp(back, 1); }
+
+// A chained handler may leave with a jump.
+int lib_jump(void) {
+    struct sigaction action = {.sa_handler = jumps, .sa_mask = all()};
+    volatile int jumped = 0;
+    if (sigaction(SIGTRAP, &action, NULL)) return 1;
+    for (int i = 0; i < 1000; i++) {
+        if (sigsetjmp(back, 1) == 0) {
+            trap();
+            return 2;
+        }
+        jumped++;
+    }
+    return jumped == 1000 ? 0 : 3;
 }

@@ -84,6 +84,7 @@ type Pselect = unsafe extern "C-unwind" fn(
     *const timespec,
     *const sigset_t,
 ) -> c_int;
+#[cfg(not(all(target_env = "musl", target_feature = "crt-static")))]
 type EpollPwait = unsafe extern "C-unwind" fn(c_int, *mut epoll_event, c_int, c_int, *const sigset_t) -> c_int;
 type EpollPwait2 =
     unsafe extern "C-unwind" fn(c_int, *mut epoll_event, c_int, *const timespec, *const sigset_t) -> c_int;
@@ -126,7 +127,7 @@ pub(super) extern "C" fn resolve_all() {
 static BEFORE_MAIN: extern "C" fn() = resolve_all;
 
 /// The signals that C libraries keep for themselves: 32 and 33 of glibc, 34 too of musl.
-const RESERVED: u64 = 1 << 31 | 1 << 32 | if cfg!(target_env = "musl") { 1 << 33 } else { 0 };
+pub(super) const RESERVED: u64 = 1 << 31 | 1 << 32 | if cfg!(target_env = "musl") { 1 << 33 } else { 0 };
 
 /// `sigaction(2)`.
 pub(super) unsafe fn sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int {
@@ -354,6 +355,7 @@ pub(super) unsafe fn pselect(
 }
 
 /// `epoll_pwait(2)`.
+#[cfg(not(all(target_env = "musl", target_feature = "crt-static")))]
 pub(super) unsafe fn epoll_pwait(
     fd: c_int,
     events: *mut epoll_event,
@@ -429,6 +431,53 @@ pub(super) fn send_to_self(signal: c_int, info: *mut libc::siginfo_t) {
         let (pid, tid) = (libc::syscall(libc::SYS_getpid), libc::syscall(libc::SYS_gettid));
         if info.is_null() || libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, signal, info) != 0 {
             libc::syscall(libc::SYS_tgkill, pid, tid, signal);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static RUNS: AtomicUsize = AtomicUsize::new(0);
+
+    extern "C" fn handler(_: c_int) {
+        RUNS.fetch_add(1, Relaxed);
+    }
+
+    #[test]
+    fn without_a_library_the_handler_still_comes_back() {
+        // SAFETY: the handler only counts, and is taken away again.
+        unsafe {
+            let mut new: libc::sigaction = zeroed();
+            new.sa_sigaction = handler as *const () as usize;
+            new.sa_mask = set_of(bit(libc::SIGHUP));
+            new.sa_flags = libc::SA_RESTART;
+            let mut old: libc::sigaction = zeroed();
+            assert_eq!(raw_sigaction(libc::SIGWINCH, &new, &mut old), 0);
+            let default = old;
+            libc::raise(libc::SIGWINCH);
+            assert_eq!(RUNS.load(Relaxed), 1);
+            assert_eq!(raw_sigaction(libc::SIGWINCH, &default, &mut old), 0);
+            assert_eq!((old.sa_sigaction, old.sa_flags), (new.sa_sigaction, libc::SA_RESTART));
+            assert_eq!(low_word(&old.sa_mask), bit(libc::SIGHUP));
+            assert_eq!(raw_sigaction(33, null(), &mut old), -1);
+            assert_eq!(raw_sigaction(libc::SIGKILL, &new, null_mut()), -1);
+        }
+    }
+
+    #[test]
+    fn system_calls_do_what_the_library_does() {
+        // SAFETY: sets and times of this test.
+        unsafe {
+            let set = set_of(bit(libc::SIGUSR1) | RESERVED);
+            let mut old: sigset_t = zeroed();
+            assert_eq!(raw_mask(libc::SIG_BLOCK, &set, null_mut()), 0);
+            assert_eq!(raw_mask(libc::SIG_UNBLOCK, &set, &mut old), 0);
+            assert_eq!(low_word(&old) & (bit(libc::SIGUSR1) | RESERVED), bit(libc::SIGUSR1));
+            assert_eq!(change_mask(libc::SIG_BLOCK, 0) & bit(libc::SIGUSR1), 0);
+            assert_eq!(raw_mask(99, &set, null_mut()), -1);
+            assert_eq!(copy(null()).is_none(), pointer(&mut None).is_null());
         }
     }
 }
