@@ -4,7 +4,8 @@
 //! inside LIBRARY.so [SOCKET]         then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
 //! ```
 //!
-//! The library has `void start(void)` and `const char *ask(const char *question)`.
+//! The library has `void start(void *(*enter)(unsigned long id), void (*leave)(void *))`, which gets what begins and ends the handling of a
+//! session's message, and `const char *ask(const char *question)`.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_void, CString};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use livepatch::agent::heap::Heap;
 use livepatch::patcher::Options;
+use livepatch::session::{self, Scope};
 use livepatch::Agent;
 
 #[global_allocator]
@@ -51,6 +53,8 @@ fn flip(
     }))
 }
 
+type Start = extern "C" fn(extern "C" fn(u64) -> *mut Scope, unsafe extern "C" fn(*mut Scope));
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = CString::new(std::env::args().nth(1).ok_or("which library?")?)?;
     // SAFETY: the library is the user's, and so is what it runs.
@@ -61,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (start, ask) = (find(c"start"), find(c"ask"));
         assert!(!start.is_null() && !ask.is_null(), "it has no start or no ask");
         (
-            std::mem::transmute::<*mut c_void, extern "C" fn()>(start),
+            std::mem::transmute::<*mut c_void, Start>(start),
             std::mem::transmute::<*mut c_void, extern "C" fn(*const c_char) -> *const c_char>(ask),
         )
     };
@@ -70,7 +74,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         builder = builder.socket(socket);
     }
     let agent = builder.start()?;
-    start();
+    start(session::livepatch_session_enter, session::livepatch_session_leave);
     println!("ready");
     for line in std::io::stdin().lock().lines() {
         let line = line?;

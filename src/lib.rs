@@ -56,6 +56,8 @@ pub mod quiesce;
 pub mod registry;
 #[cfg(feature = "engine")]
 pub mod scan;
+#[cfg(feature = "agent")]
+pub mod session;
 #[cfg(feature = "engine")]
 pub mod stack;
 #[cfg(feature = "agent")]

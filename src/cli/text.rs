@@ -182,6 +182,17 @@ pub fn status(s: &ProcessStatus) -> String {
         if p.unfinished {
             let _ = writeln!(out, "    an interrupted command left it so: livepatch recover {}", s.pid);
         }
+        for (name, arm) in p.arms.iter().flat_map(|[old, new]| [("old", old), ("new", new)]) {
+            let us = |ns: u64| ns as f64 / 1e3;
+            let _ = writeln!(
+                out,
+                "    {name} arm: {} messages, {} panics; p50 {:.1} µs, p99 {:.1} µs",
+                arm.messages,
+                arm.panics,
+                us(arm.p50_ns),
+                us(arm.p99_ns)
+            );
+        }
         if let Some(damage) = &p.damage {
             let _ = writeln!(out, "    damaged: {damage}");
         }

@@ -28,10 +28,25 @@
 //! ...                         ; the overwritten instructions, moved, and on in the old function
 //! ```
 //!
+//! Where the key is the session of a message, the arm was decided when its handling began, and a byte of the thread says which:
+//!
+//! ```text
+//! push  rax
+//! lahf
+//! seto  al
+//! test  byte fs:[OFFSET], BIT
+//! jz    old
+//! ...                         ; back: add al, 127; sahf; pop rax
+//! jmp   new
+//! old:
+//! ...                         ; back
+//! ...                         ; the overwritten instructions, moved, and on in the old function
+//! ```
+//!
 //! Between `which` and the share that it selects a call may see the one before: each is written whole before `which` changes, and that
 //! is one byte.
 
-use super::stub::{original_thunk, StubError};
+use super::stub::{original_thunk, StubError, SwitchStub};
 use crate::addr::ProcAddr;
 
 /// Room for one canary stub, in bytes.
@@ -97,7 +112,7 @@ pub fn canary_stub(
     new: ProcAddr,
     entry: ProcAddr,
     code: &[u8],
-) -> Result<Vec<u8>, StubError> {
+) -> Result<SwitchStub, StubError> {
     const BACK: [u8; 6] = [0x58, 0x04, 0x7f, 0x9e, 0x5a, 0x58];
     let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
     let relative = |end: u64, to: ProcAddr| {
@@ -134,7 +149,53 @@ pub fn canary_stub(
     if out.len() as u64 > CANARY_BYTES {
         return Err(far("it needs too much room"));
     }
-    Ok(out)
+    Ok(SwitchStub { code: out, ways: [at, thunk] })
+}
+
+/// How the stub of a canary by session begins: up to the byte's offset.
+const SESSION_START: [u8; 9] = [0x50, 0x9f, 0x0f, 0x90, 0xc0, 0x64, 0xf6, 0x04, 0x25];
+
+const SESSION_BACK: [u8; 4] = [0x04, 0x7f, 0x9e, 0x58];
+
+/// Where the way to the old function begins in it.
+const SESSION_OLD: usize = SESSION_START.len() + 4 + 1 + 2 + SESSION_BACK.len() + 5 + SESSION_BACK.len();
+
+/// The stub at `at` for the entry jump at `entry`: to `new` while the byte at `offset` from the thread's control block has the bit of `slot`.
+/// Both of its ways leave registers and flags as they were.
+///
+/// # Errors
+///
+/// The overwritten instructions cannot be moved, or something is out of reach.
+pub fn session_stub(
+    at: ProcAddr,
+    (offset, slot): (i32, u8),
+    new: ProcAddr,
+    entry: ProcAddr,
+    code: &[u8],
+) -> Result<SwitchStub, StubError> {
+    let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
+    let mut out = SESSION_START.to_vec();
+    out.extend(offset.to_le_bytes());
+    out.push(1u8.checked_shl(slot.into()).ok_or_else(|| far("there is no such slot"))?);
+    out.extend([0x74, SESSION_BACK.len() as u8 + 5]);
+    out.extend(SESSION_BACK);
+    out.push(0xe9);
+    let distance = i128::from(new.0) - i128::from(at.0 + out.len() as u64 + 4);
+    out.extend(i32::try_from(distance).map_err(|_| far("more than 2 GiB away"))?.to_le_bytes());
+    out.extend(SESSION_BACK);
+    let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
+    out.extend(original_thunk(thunk, entry, code)?);
+    if out.len() as u64 > CANARY_BYTES {
+        return Err(far("it needs too much room"));
+    }
+    Ok(SwitchStub { code: out, ways: [at, thunk] })
+}
+
+/// Where the way to the old function begins, if `code` is the stub at `at` of a canary by session.
+#[must_use]
+pub fn session_old_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
+    let back = code.get(SESSION_OLD - SESSION_BACK.len()..SESSION_OLD)?;
+    (code.starts_with(&SESSION_START) && back == SESSION_BACK).then(|| at.checked_add(SESSION_OLD as u64)).flatten()
 }
 
 #[cfg(test)]
@@ -149,7 +210,7 @@ mod tests {
         let key = KeyArgument::new(5).unwrap();
         let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
         let stub =
-            canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+            canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap().code;
         let mut formatter = iced_x86::IntelFormatter::new();
         let lines: Vec<String> = Decoder::with_ip(64, &stub, 0x9000, DecoderOptions::NONE)
             .iter()
@@ -181,6 +242,45 @@ mod tests {
             .collect();
         assert_eq!(names, ["rdi", "rsi", "rdx", "rcx", "r8", "r9"].map(|r| format!("mov rax,{r}")));
         assert!(KeyArgument::new(0).is_none() && KeyArgument::new(7).is_none());
+    }
+
+    #[test]
+    fn a_session_stub_looks_at_one_byte() {
+        let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
+        let at = ProcAddr(0x9000);
+        let stub = session_stub(at, (-0x1c, 3), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        let mut formatter = iced_x86::IntelFormatter::new();
+        let mut lines = Vec::new();
+        for insn in Decoder::with_ip(64, &stub.code, at.0, DecoderOptions::NONE).iter() {
+            let mut line = String::new();
+            formatter.format(&insn, &mut line);
+            lines.push(line);
+        }
+        assert_eq!(
+            lines,
+            [
+                "push rax",
+                "lahf",
+                "seto al",
+                "test byte ptr fs:[0FFFFFFFFFFFFFFE4h],8",
+                "je short 0000000000009019h",
+                "add al,7Fh",
+                "sahf",
+                "pop rax",
+                "jmp 000000000000A000h",
+                "add al,7Fh",
+                "sahf",
+                "pop rax",
+                "push rbp",
+                "mov rbp,rsp",
+                "nop",
+                "jmp 0000000000001005h"
+            ]
+        );
+        assert_eq!(stub.ways, [at, ProcAddr(0x901d)]);
+        assert_eq!(session_old_way(at, &stub.code), Some(ProcAddr(0x901d)));
+        assert_eq!(session_old_way(at, &stub.code[1..]), None);
+        assert!(session_stub(at, (0, 8), ProcAddr(0xa000), ProcAddr(0x1000), &code).is_err());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::plan::sites::Switch;
 use crate::plan::{self, Links, OldFacts, Refusal};
 use crate::process::ptrace::procfs::{self, Status};
 use crate::process::{Process, ProcessError};
-use crate::registry::{CanaryRecord, EntryRecord, Found, FunctionRecord, State, Unwind};
+use crate::registry::{CanaryRecord, EntryRecord, Found, FunctionRecord, SessionKey, State, Unwind};
 use crate::transaction::{Applied, Planned, Replaced, Target};
 
 /// Libraries that define such functions or are known not to switch.
@@ -67,9 +67,15 @@ impl Noes {
 }
 
 /// Each key of a canary is one of a function that the patch replaces and calls can reach.
-fn check_keys(patch: &PatchFile, options: &Options) -> Result<(), Error> {
+fn check_keys(patch: &PatchFile, options: &Options, session: Option<SessionKey>) -> Result<(), Error> {
     let Some(canary) = &options.canary else { return Ok(()) };
     let no = |why: String| Err(Refusal::Canary { why }.into());
+    if canary.is_by_session() {
+        return match session {
+            Some(_) => Ok(()),
+            None => no("a key of the session needs an agent that is linked into the process".into()),
+        };
+    }
     for (function, argument) in &canary.keys {
         if KeyArgument::new(*argument).is_none() {
             return no(format!("argument {argument} of {function} is not in a register; 1 to 6 are"));
@@ -88,11 +94,12 @@ fn check_keys(patch: &PatchFile, options: &Options) -> Result<(), Error> {
 }
 
 /// A canary with a salt of its own.
-fn with_salt(canary: &Canary) -> Result<CanaryRecord, Refusal> {
+fn with_salt(canary: &Canary, session: Option<SessionKey>) -> Result<CanaryRecord, Refusal> {
     let mut salt = [0; 8];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut f| std::io::Read::read_exact(&mut f, &mut salt));
     read.map_err(|e| Refusal::Canary { why: format!("/dev/urandom can't be read ({e})") })?;
-    Ok(CanaryRecord { salt: u64::from_le_bytes(salt), keys: canary.keys.clone() })
+    let session = session.filter(|_| canary.is_by_session());
+    Ok(CanaryRecord { salt: u64::from_le_bytes(salt), keys: canary.keys.clone(), session })
 }
 
 /// How long a child of vfork may take to call exec before it counts as a sharer for good.
@@ -162,7 +169,7 @@ impl Patcher {
         let facts = self.check_code(image, patch, replaced.as_ref(), &mut noes);
         let previous = replaced.as_ref().map_or_else(Vec::new, |r| r.chain.clone());
         noes.ask(plan::beside::check(patch, &facts, &options.of_apply()).map_err(Error::from))?;
-        noes.ask(check_keys(patch, options))?;
+        noes.ask(check_keys(patch, options, self.session))?;
         let imports = self.imports(image, patch, &mut noes)?;
         let links = Links { bias: image.bias, imports, previous };
         let static_program = self.is_static(image)?.then(|| image.clone());
@@ -181,16 +188,19 @@ impl Patcher {
             let entered = manifest.functions.iter().filter(|f| f.old.as_ref().is_some_and(|o| o.entry.is_some()));
             let same = r.payload.jumps() == entered.count() + manifest.redirects.len();
             let keys = |c: &CanaryRecord| c.keys.clone();
-            let alike = r.payload.canary.as_ref().map(keys) == options.canary.as_ref().map(|c| c.keys.clone());
+            let alike = r.payload.canary.as_ref().map(keys) == options.canary.as_ref().map(|c| c.keys.clone())
+                && r.payload.canary.as_ref().and_then(|c| c.session)
+                    == self.session.filter(|_| options.canary.is_some());
             // What was applied from outside may have no stubs for a switch from inside.
-            let stubs = !self.by_threads || r.payload.entries.iter().all(|e| e.lead.is_some());
+            let stubs =
+                !self.by_threads || r.payload.canary.is_some() || r.payload.entries.iter().all(|e| e.lead.is_some());
             r.payload.digest.0 == patch.digest && usable && same && alike && stubs
         };
         let earlier = records.iter().find(known);
         let planned = match earlier {
             Some(found) => Planned::again(patch, &links, found, &facts, replaced)?,
             None => {
-                let canary = options.canary.as_ref().map(with_salt).transpose()?;
+                let canary = options.canary.as_ref().map(|c| with_salt(c, self.session)).transpose()?;
                 let target = Target { links, range: image.range };
                 let word = if self.by_threads { Switch::Threads } else { Switch::All };
                 let how = canary.as_ref().map_or(word, Switch::Canary);

@@ -12,7 +12,7 @@ use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
 use crate::process::{HoldError, HoldLimits, Pid, Process, ProcessError};
 use crate::quiesce::{Checker, NotClear, StackMap, Why};
-use crate::registry::{self, Confirmation, Share, State};
+use crate::registry::{self, Confirmation, SessionKey, Share, State};
 use crate::stack::{Cfi, Part, Watched};
 use crate::transaction::{relax, Applied, Planned, Staged, Stamp, SwapError, TransactionError};
 
@@ -93,6 +93,8 @@ pub struct Patcher {
     images: Vec<Image>,
     /// From inside, each thread switches for itself.
     by_threads: bool,
+    /// Where a stub finds the arm of a message, for an apply by session.
+    session: Option<SessionKey>,
 }
 
 impl Patcher {
@@ -129,7 +131,7 @@ impl Patcher {
         for i in images.iter_mut().filter(|i| silent(i)) {
             i.eh_frame = blame::section_of(&process, i, ".eh_frame");
         }
-        Ok(Self { process, maps, images, by_threads: false })
+        Ok(Self { process, maps, images, by_threads: false, session: None })
     }
 
     /// The process.
@@ -174,8 +176,27 @@ impl Patcher {
     ///
     /// It was not applied; nothing was changed.
     pub fn apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {
-        let result = self.try_apply(patch, options);
+        let result = self.where_free(|p| p.try_apply(patch, options));
         self.unless_ended(result)
+    }
+
+    /// Again, if the process has mapped something in the meantime where the patch was to go.
+    fn where_free<T>(&mut self, mut attempt: impl FnMut(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        const TRIES: u32 = 8;
+        let taken = |e: &Error| match e {
+            Error::Process(ProcessError::Remote { call: "mmap", source, .. }) => {
+                source.raw_os_error() == Some(libc::EEXIST)
+            }
+            _ => false,
+        };
+        let mut tries = 1;
+        loop {
+            match attempt(self) {
+                Err(e) if taken(&e) && tries < TRIES => self.maps = self.process.mappings()?,
+                other => return other,
+            }
+            tries += 1;
+        }
     }
 
     fn try_apply(&mut self, patch: &PatchFile, options: &Options) -> Result<Report, Error> {

@@ -43,6 +43,17 @@ pub struct Options {
     pub allow_replay: bool,
 }
 
+/// The key that stands for the session of a message.
+pub const SESSION: &str = "session";
+
+impl Canary {
+    /// Whether the key is the session of a message, which the program tells.
+    #[must_use]
+    pub fn is_by_session(&self) -> bool {
+        self.keys.iter().any(|(function, argument)| function == SESSION && *argument == 0)
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {

@@ -8,7 +8,7 @@ use super::recover::Entries;
 use super::{Error, Patcher};
 use crate::process::ptrace::procfs;
 use crate::process::{Pid, Process, ProcessError};
-use crate::registry::{Confirmation, State, Unwind};
+use crate::registry::{Arm, Confirmation, Payload, State, Unwind};
 use crate::symbols::{self, SymbolFile};
 use crate::transaction::Applied;
 
@@ -29,6 +29,9 @@ pub struct PatchStatus {
     pub confirmation: Option<Confirmed>,
     /// What share of the calls runs it, in percent, if that is chosen by a key.
     pub canary_percent: Option<f64>,
+    /// What the old arm and the new one did since it was applied, if messages tell their session: only the agent knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arms: Option<[Arm; 2]>,
     /// The functions that it replaces.
     pub functions: Vec<String>,
     /// How many entries it has.
@@ -109,6 +112,17 @@ impl Patcher {
         Ok(status)
     }
 
+    /// What both arms of a canary by session did, from inside.
+    fn arms(&self, payload: &Payload) -> Option<[Arm; 2]> {
+        let session = payload.canary.as_ref()?.session?;
+        #[cfg(feature = "agent")]
+        if self.by_threads {
+            return Some(crate::session::arms(session.slot));
+        }
+        let _ = session;
+        None
+    }
+
     /// Symbols for debuggers and profilers of every patch that lies in the process, applied or not.
     ///
     /// # Errors
@@ -146,6 +160,7 @@ impl Patcher {
             let named = || of.map_or_else(|| payload.build_id.to_string(), |of| of.short_name().to_owned());
             let canary = payload.canary.is_some() && state == State::Applied;
             PatchStatus {
+                arms: self.arms(&payload).filter(|_| state == State::Applied),
                 canary_percent: canary.then(|| f64::from(mutable.share.value()) / 100.0),
                 image: other.then(named),
                 patch: payload.patch,

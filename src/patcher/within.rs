@@ -1,8 +1,9 @@
 //! Apply and revert from inside the process: no thread is held, each switches for itself.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::{replaced, Error, NotQuiescent, Options, Patcher, Report};
+use super::{replaced, Canary, Error, NotQuiescent, Options, Patcher, Report};
+use crate::addr::{ProcAddr, ProcRange};
 use crate::image::Image;
 use crate::memory::ReadMemory;
 use crate::patch::PatchFile;
@@ -10,7 +11,8 @@ use crate::plan::Refusal;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, IdleCheck, Pid, Process};
-use crate::registry::{self, Confirmation, Share, State};
+use crate::registry::{self, CanaryRecord, Confirmation, SessionKey, Share, State, SHARES_AT, WHICH_AT};
+use crate::session::{self, Words};
 use crate::stack::{Cfi, Part, Watched};
 use crate::switch::{Plan, SwitchError, SwitchTimes, Switcher};
 use crate::transaction::{Applied, Stamp};
@@ -53,7 +55,17 @@ impl Patcher {
         options: &Options,
         switcher: &mut Switcher,
     ) -> Result<Report, Error> {
-        if options.canary.is_some() {
+        self.where_free(|p| p.try_apply_within(patch, options, switcher))
+    }
+
+    fn try_apply_within(
+        &mut self,
+        patch: &PatchFile,
+        options: &Options,
+        switcher: &mut Switcher,
+    ) -> Result<Report, Error> {
+        let by_session = options.canary.as_ref().is_some_and(Canary::is_by_session);
+        if options.canary.is_some() && !by_session {
             return Err(outside("a canary by an argument is applied by a hold"));
         }
         if let Some(hook) = patch.manifest.hooks.first() {
@@ -65,6 +77,7 @@ impl Patcher {
         self.ready(options, switcher)?;
         let deadline = Instant::now() + options.timeout;
         self.remove_unused(deadline)?;
+        self.session = if by_session { Some(self.free_session()?) } else { None };
         let mut report = self.report("apply", &patch.manifest.name);
         let inspected = self.inspect_alone(patch, options, deadline)?;
         report.functions = replaced(patch);
@@ -94,8 +107,13 @@ impl Patcher {
         let Some(traps) = staged.traps() else { return Err(outside("it was applied from outside before")) };
         let consistency = options.of_apply();
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
-        let leave = with_returns(crate::transaction::relax(&consistency, staged.watched()));
-        let back = with_returns(staged.watched_new());
+        // A stub leads to the old function until a message begins in the new arm: so nobody has to leave anything.
+        let (old, new) = if by_session {
+            (staged.windows(), staged.windows())
+        } else {
+            (crate::transaction::relax(&consistency, staged.watched()), staged.watched_new())
+        };
+        let (leave, back) = (with_returns(old), with_returns(new));
         let plan = Plan { traps, leave, back };
         let cfi = load_tables(staged.process(), &self.images)?;
         let switched = switcher.run(staged.process(), plan, Instant::now() + options.timeout, &cfi);
@@ -108,8 +126,13 @@ impl Patcher {
                     watcher: std::process::id(),
                 });
                 let sequence = inspected.sequence;
-                let stamp = Stamp { sequence, applied_at_s: now, confirmation, share: Share::default() };
+                let share = options.canary.as_ref().map_or_else(Share::default, |c| Share::of(c.share));
+                let stamp = Stamp { sequence, applied_at_s: now, confirmation, share };
+                let (region, canary) = (staged.region(), staged.payload().canary.clone());
                 report.entries = staged.switched(stamp)?.entries;
+                if let Some(canary) = canary {
+                    begin(region, &canary);
+                }
                 report.fill_within(times);
                 Ok(report)
             }
@@ -138,8 +161,9 @@ impl Patcher {
         let _lock = self.process.lock()?;
         self.ready(options, switcher)?;
         let newest = self.newest(name)?;
-        if newest.payload.canary.is_some() {
-            return Err(outside("a canary is reverted by a hold"));
+        let canary = newest.payload.canary.clone();
+        if canary.as_ref().is_some_and(|c| c.session.is_none()) {
+            return Err(outside("a canary by an argument is reverted by a hold"));
         }
         if let Some(hook) = newest.payload.hooks.first() {
             return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
@@ -157,6 +181,15 @@ impl Patcher {
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
         let leave = with_returns(crate::transaction::relax(&options.consistency, applied.watched()));
         let plan = Plan { traps, leave, back: with_returns(applied.watched_old()) };
+        let region = applied.found().region;
+        let share = super::canary::close(&mut self.process, applied.found())?;
+        if let Some(canary) = &canary {
+            if let Err(e) = end(pid, canary, Instant::now() + options.timeout) {
+                super::canary::reopen(&mut self.process, share)?;
+                begin(region, canary);
+                return Err(e);
+            }
+        }
         let mut own = OwnProcess::new(&mut self.process)?;
         let cfi = load_tables(&own, &self.images)?;
         let switched = switcher.run(&mut own, plan, Instant::now() + options.timeout, &cfi);
@@ -166,8 +199,31 @@ impl Patcher {
                 report.fill_within(times);
                 Ok(report)
             }
-            Err(e) => Err(not_switched(pid, e)),
+            Err(e) => {
+                if let Some(canary) = canary.filter(|_| !switcher.is_unfinished()) {
+                    super::canary::reopen(&mut self.process, share)?;
+                    begin(region, &canary);
+                }
+                Err(not_switched(pid, e))
+            }
         }
+    }
+
+    /// How stubs of another canary by session tell the arm of a message.
+    fn free_session(&self) -> Result<SessionKey, Error> {
+        let no = |why: &str| Error::from(Refusal::Canary { why: why.into() });
+        let offset = session::offset();
+        let offset = offset.ok_or_else(|| no("the agent lies in a library that was loaded later"))?;
+        let mut applied = self.records()?;
+        applied.retain(|r| r.mutable.state == State::Applied);
+        let used = applied.iter().filter_map(|r| Some(r.payload.canary.as_ref()?.session?.slot)).collect::<Vec<_>>();
+        let slot = session::free_slot(&used);
+        let slot = slot.ok_or_else(|| no("as many canaries by session as there can be are applied"))?;
+        // One that was reverted from outside left it open.
+        if !session::close(slot) {
+            return Err(no("messages of a canary that was reverted are still being handled"));
+        }
+        Ok(SessionKey { offset, slot })
     }
 
     /// The code of applied patches that are not permanent.
@@ -208,6 +264,29 @@ fn is_c_library(images: &[Image], code: &[Watched]) -> bool {
     let libc = |i: &Image| ["libc.", "libc-", "ld-", "libpthread"].iter().any(|p| i.short_name().starts_with(p));
     let statics = !images.iter().any(Image::has_interpreter);
     statics || images.iter().filter(|i| libc(i)).any(|i| code.iter().any(|w| i.range.overlaps(&w.range)))
+}
+
+/// Lets messages run a canary by session.
+fn begin(region: ProcRange, canary: &CanaryRecord) {
+    let Some(key) = canary.session else { return };
+    let word = |offset| ProcAddr(region.start.0 + offset);
+    session::open(key.slot, Words { shares: word(SHARES_AT), which: word(WHICH_AT), salt: canary.salt });
+}
+
+/// Waits until no message runs a canary any more; none begins to.
+fn end(pid: Pid, canary: &CanaryRecord, deadline: Instant) -> Result<(), Error> {
+    let Some(key) = canary.session else { return Ok(()) };
+    while !session::close(key.slot) {
+        if Instant::now() >= deadline {
+            let reason = format!(
+                "{} messages that run the new arm are still being handled by process {pid}",
+                session::handled(key.slot)
+            );
+            return Err(NotQuiescent { reason, attempts: 1, ..NotQuiescent::default() }.into());
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    Ok(())
 }
 
 /// The unwind tables of everything, patches included.

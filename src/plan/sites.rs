@@ -224,17 +224,21 @@ fn by_key(
     let (mut out, mut code) = (Vec::with_capacity(sites.len()), Vec::new());
     for site in sites {
         let far = || Refusal::OutOfReach { at: site.at, to: layout.base };
-        let key = canary.keys.iter().find(|(f, _)| *f == site.function).and_then(|(_, n)| KeyArgument::new(*n));
+        let argument = canary.keys.iter().find(|(f, _)| *f == site.function).and_then(|(_, n)| KeyArgument::new(*n));
         let no = |why: String| Refusal::Canary { why };
-        let key = key.ok_or_else(|| no(format!("no key tells the calls of {} apart", site.function)))?;
         let Some(new_at) = site.new_at.filter(|_| site.before == site.original) else {
             return Err(no("it takes the place of another patch".into()));
         };
         let new = layout.base.checked_add(new_at).ok_or_else(far)?;
         let at = layout.stub.checked_add(PAGE + code.len() as u64 * insn::CANARY_BYTES).ok_or_else(far)?;
-        let built = insn::canary_stub(at, words, (key, canary.salt), new, site.at, &site.code);
-        code.push(built.map_err(immovable(site))?);
-        out.push(Written { jump: jump(site.at, at)?, ..Written::default() });
+        let built = match (canary.session, argument) {
+            (Some(s), _) => insn::session_stub(at, (s.offset, s.slot), new, site.at, &site.code),
+            (None, Some(key)) => insn::canary_stub(at, words, (key, canary.salt), new, site.at, &site.code),
+            (None, None) => return Err(no(format!("no key tells the calls of {} apart", site.function))),
+        };
+        let built = built.map_err(immovable(site))?;
+        code.push(built.code);
+        out.push(Written { jump: jump(site.at, at)?, ways: Some(built.ways), ..Written::default() });
     }
     Ok((out, Stubs { code, each: insn::CANARY_BYTES }))
 }

@@ -274,6 +274,32 @@ pub struct CanaryRecord {
     pub salt: u64,
     /// Each function with the argument that is its key, counted from 1.
     pub keys: Vec<(String, u8)>,
+    /// Where a thread says which arm the message runs that it handles, where the key is the message's session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<SessionKey>,
+}
+
+/// How a stub tells the arm of the message that its thread handles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionKey {
+    /// Where the byte is, from the thread's control block.
+    pub offset: i32,
+    /// Which of its bits.
+    pub slot: u8,
+}
+
+/// One arm of a canary by session, since it began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arm {
+    /// Messages whose handling has ended.
+    pub messages: u64,
+    /// Panics in them.
+    pub panics: u64,
+    /// Half of the timed messages took at most so long, in nanoseconds; 0 if none was timed. Upper bounds of powers of two.
+    pub p50_ns: u64,
+    /// 99 of 100 did.
+    pub p99_ns: u64,
 }
 
 /// The part of a record that does not change.

@@ -8,9 +8,9 @@ use crate::memory::ReadMemory;
 mod codec;
 
 pub use codec::{
-    decode, encode, encode_mutable, CanaryRecord, CodecError, Confirmation, EntryRecord, FunctionRecord, Header,
-    HookRecord, Mutable, OldRecord, Payload, RangeRecord, Share, State, Unwind, APPLIED, HEADER_BYTES, MUTABLE_AT,
-    SHARES_AT, WHICH_AT,
+    decode, encode, encode_mutable, Arm, CanaryRecord, CodecError, Confirmation, EntryRecord, FunctionRecord, Header,
+    HookRecord, Mutable, OldRecord, Payload, RangeRecord, SessionKey, Share, State, Unwind, APPLIED, HEADER_BYTES,
+    MUTABLE_AT, SHARES_AT, WHICH_AT,
 };
 
 /// A record that was found in a process.

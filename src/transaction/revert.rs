@@ -137,6 +137,15 @@ impl Applied {
             let CodeEdit { function, at, expected, new } = edit.clone();
             Some(Trap { function, at, before: expected, after: new, from, to })
         };
+        if self.found.payload.canary.is_some() {
+            let trap = |edit: &CodeEdit| {
+                let from = insn::jump_target(edit.at, edit.expected)?;
+                let to = insn::session_old_way(from, &memory.read_vec(from, insn::CANARY_BYTES).ok()?)?;
+                let CodeEdit { function, at, expected, new } = edit.clone();
+                Some(Trap { function, at, before: expected, after: new, from, to })
+            };
+            return self.edits.iter().map(trap).collect();
+        }
         let all: Vec<Trap> = self.edits.iter().zip(&self.leads).filter_map(trap).collect();
         (all.len() == self.edits.len()).then_some(all)
     }

@@ -148,7 +148,7 @@ static int wanted(const char *name)
 	return value ? atoi(value) : 0;
 }
 
-void start(void)
+void start(void *(*enter)(unsigned long), void (*leave)(void *))
 {
 	struct timespec a, b;
 	clock_gettime(CLOCK_MONOTONIC, &a);
