@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 
 use super::breaker::{Bounds, Observed};
+use super::fatal;
 use super::log::{Event, Log};
 use super::peer::Peer;
 use super::sealed::SealedPatch;
@@ -183,7 +184,9 @@ impl Engine {
 
     /// What applied patches there are that may still have to go.
     fn renew(&self) {
-        let current = Patcher::open_own().and_then(|p| p.current_code()).unwrap_or_default();
+        let own = Patcher::open_own();
+        fatal::set(&own.as_ref().map(Patcher::mapped_code).unwrap_or_default());
+        let current = own.and_then(|p| p.current_code()).unwrap_or_default();
         *self.shared.patched.lock() = (!current.is_empty()).then(|| WatchList::new(current));
     }
 

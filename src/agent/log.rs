@@ -61,6 +61,12 @@ impl Log {
         Ok(Self { audit: audit.map(open).transpose()?, ..Self::default() })
     }
 
+    /// The descriptor of the audit file, or -1.
+    pub fn descriptor(&self) -> i32 {
+        use std::os::fd::AsRawFd;
+        self.audit.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
     /// One line: when, who, what, which patch, how it ended.
     pub fn write(&mut self, by: By, event: &Event) {
         let who = match by {

@@ -6,6 +6,8 @@ pub mod client;
 #[cfg(feature = "agent")]
 mod engine;
 #[cfg(feature = "agent")]
+mod fatal;
+#[cfg(feature = "agent")]
 pub mod heap;
 #[cfg(feature = "agent")]
 mod log;

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use super::breaker::Bounds;
 use super::engine::{By, Engine, Shared};
+use super::fatal;
 use super::heap::{self, HeapError};
 use super::log::Log;
 use super::masks::{self, OwnError};
@@ -122,6 +123,7 @@ impl Builder {
         let server = self.socket.as_deref().map(Server::bind).transpose()?;
         masks::own(look)?;
         let switcher = Switcher::install(look, masks::pass_on)?;
+        fatal::install(log.descriptor())?;
         let shared = Arc::new(Shared::default());
         let engine = Arc::new(Mutex::new(Engine::new(switcher, keys, self.bounds, Arc::clone(&shared), log)));
         count_panics(Arc::clone(&shared));

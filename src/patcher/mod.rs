@@ -10,11 +10,11 @@ use crate::memory::ReadMemory;
 use crate::patch::{HookKind, PatchFile};
 use crate::plan::{CodeEdit, Refusal};
 use crate::process::ptrace::{procfs, PtraceProcess, Undisturbed};
-use crate::process::{HoldError, HoldLimits, Pid, Process, ProcessError};
-use crate::quiesce::{Checker, NotClear, StackMap, Why};
+use crate::process::{Pid, Process, ProcessError};
+use crate::quiesce::{Checker, StackMap};
 use crate::registry::{self, Confirmation, SessionKey, Share, State};
 use crate::stack::{Cfi, Part, Watched};
-use crate::transaction::{relax, Applied, Planned, Staged, Stamp, SwapError, TransactionError};
+use crate::transaction::{relax, Applied, Planned, Staged, Stamp, TransactionError};
 
 mod blame;
 mod canary;
@@ -28,12 +28,14 @@ mod options;
 mod reclaim;
 mod recover;
 mod report;
+mod retry;
 mod rewrite;
 mod status;
 #[cfg(feature = "agent")]
 mod within;
 
 use hooks::{Hooked, Hooks};
+use retry::Retry;
 use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
@@ -490,85 +492,6 @@ fn replaced(patch: &PatchFile) -> Vec<String> {
 
 fn names<'a>(list: impl Iterator<Item = &'a String>) -> Vec<String> {
     list.cloned().collect()
-}
-
-/// When to hold again.
-struct Retry {
-    deadline: Instant,
-    hold: Duration,
-    pause: Duration,
-    attempts: u32,
-    wants_tables: bool,
-    cfi: Option<Cfi>,
-}
-
-impl Retry {
-    fn new(deadline: Instant, hold: Duration) -> Self {
-        Self { deadline, hold, pause: Duration::from_millis(2), attempts: 1, wants_tables: false, cfi: None }
-    }
-
-    fn limits(&self) -> HoldLimits {
-        HoldLimits { deadline: self.hold }
-    }
-
-    /// Reads the unwind tables if an attempt asked for them.
-    fn tables_if_wanted(&mut self, process: &PtraceProcess, images: &[Image]) -> Result<(), Error> {
-        if self.wants_tables {
-            self.load_tables(process, images)?;
-        }
-        Ok(())
-    }
-
-    /// Reads all unwind tables, those of patches included, while the threads run.
-    fn load_tables(&mut self, process: &PtraceProcess, images: &[Image]) -> Result<(), Error> {
-        let mut cfi = Cfi::load(process, images);
-        for found in registry::find(process, &process.mappings()?).unwrap_or_default() {
-            if let Some(table) = found.payload.eh_frame.and_then(|t| t.range()) {
-                cfi.add_patch(process, found.region, table.start, table.len_bytes());
-            }
-        }
-        self.cfi = Some(cfi);
-        self.wants_tables = false;
-        Ok(())
-    }
-
-    /// Decides on another attempt after `error`, and waits for it.
-    fn again(
-        &mut self,
-        error: TransactionError,
-        blocked: Option<NotClear>,
-        process: &PtraceProcess,
-        images: &[Image],
-        pid: Pid,
-        patch: &str,
-    ) -> Result<(), Error> {
-        let hold = match error {
-            TransactionError::Hold(HoldError::Process(e)) => return Err(e.into()),
-            TransactionError::Hold(hold) => hold,
-            TransactionError::Swap(e @ SwapError::Changed { .. }) => return Err(e.refusal(patch).into()),
-            other => return Err(other.into()),
-        };
-        if !process.is_alive() {
-            return Err(ProcessError::Gone(pid).into());
-        }
-        if Instant::now() >= self.deadline {
-            if self.cfi.is_none() {
-                self.load_tables(process, images)?;
-            }
-            let cfi = self.cfi.as_ref();
-            return Err(blame::not_quiescent(process, images, cfi, &hold, blocked, self.attempts).into());
-        }
-        // A hit that only unwinding can judge: read the tables and hold again at once.
-        if blocked.as_ref().is_some_and(|b| b.why == Why::TablesWanted) && self.cfi.is_none() {
-            self.wants_tables = true;
-        } else {
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            std::thread::sleep(self.pause.min(left));
-            self.pause = (self.pause * 3 / 2).min(Duration::from_millis(100));
-        }
-        self.attempts += 1;
-        Ok(())
-    }
 }
 
 /// What inspecting a process for a patch found.

@@ -226,6 +226,14 @@ impl Patcher {
         Ok(SessionKey { offset, slot })
     }
 
+    /// Where applied patches are mapped, with their names.
+    #[must_use]
+    pub fn mapped_code(&self) -> Vec<(u64, u64, String)> {
+        let mut applied = self.records().unwrap_or_default();
+        applied.retain(|r| r.mutable.state == State::Applied);
+        applied.into_iter().map(|r| (r.region.start.0, r.region.end.0, r.payload.patch)).collect()
+    }
+
     /// The code of applied patches that are not permanent.
     ///
     /// # Errors
