@@ -6,11 +6,14 @@ use crate::maps::Mapping;
 use crate::memory::ReadMemory;
 
 mod codec;
+mod payload;
 
 pub use codec::{
-    decode, encode, encode_mutable, Arm, CanaryRecord, CodecError, Confirmation, EntryRecord, FunctionRecord, Header,
-    HookRecord, Mutable, OldRecord, Payload, RangeRecord, SessionKey, Share, State, Unwind, APPLIED, HEADER_BYTES,
-    MUTABLE_AT, SHARES_AT, WHICH_AT,
+    decode, encode, encode_mutable, CodecError, Confirmation, Header, Mutable, Share, State, Unwind, APPLIED,
+    HEADER_BYTES, MUTABLE_AT, SHARES_AT, WHICH_AT,
+};
+pub use payload::{
+    Arm, CanaryRecord, EntryRecord, FunctionRecord, HookRecord, OldRecord, Payload, RangeRecord, SessionKey,
 };
 
 /// A record that was found in a process.
