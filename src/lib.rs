@@ -58,6 +58,8 @@ pub mod registry;
 pub mod scan;
 #[cfg(feature = "agent")]
 pub mod session;
+#[cfg(feature = "agent")]
+pub mod shadow;
 #[cfg(feature = "engine")]
 pub mod stack;
 #[cfg(feature = "agent")]

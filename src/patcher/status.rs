@@ -65,10 +65,14 @@ pub enum Confirmed {
     },
 }
 
-impl From<Confirmation> for Confirmed {
-    fn from(c: Confirmation) -> Self {
-        // What has its number now need not be it: only another livepatch is taken for it.
+impl Confirmed {
+    /// As the record of a patch in process `own` says.
+    fn of(c: Confirmation, own: Pid) -> Self {
+        // What has its number now need not be it: only another livepatch is taken for it, and the process's own agent.
         let lives = |pid: &u32| {
+            if pid.cast_signed() == own.0 {
+                return true;
+            }
             let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
             name.is_ok_and(|n| n.trim_end() == "livepatch")
         };
@@ -167,7 +171,7 @@ impl Patcher {
                 digest: payload.digest.to_string(),
                 state,
                 unfinished,
-                confirmation: (state == State::Applied).then(|| mutable.confirmation.into()),
+                confirmation: (state == State::Applied).then(|| Confirmed::of(mutable.confirmation, pid)),
                 functions: payload.functions.iter().filter(|f| f.old.is_some()).map(|f| f.demangled.clone()).collect(),
                 entries,
                 bytes: found.region.len_bytes(),

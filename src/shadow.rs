@@ -1,0 +1,428 @@
+//! Shadow variables: a new field of an object that exists already, kept beside it, so that the object's layout stays as it is.
+//!
+//! A fix that needs one more field for each live session can't add it to `Session`: the sessions that are alive have no room for it. It attaches a
+//! shadow instead, under the object's address and a number of its own:
+//!
+//! ```
+//! use livepatch::shadow::Shadow;
+//! use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+//!
+//! static REJECTED: Shadow<AtomicU64> = Shadow::new(0x5e55_0001);
+//!
+//! struct Session;
+//! # let session = Session;
+//! REJECTED.with_or_attach(&session, || AtomicU64::new(0), |n| n.fetch_add(1, Relaxed));
+//! assert_eq!(REJECTED.with(&session, |n| n.load(Relaxed)), Some(1));
+//! // Where sessions end:
+//! livepatch::shadow::drop_all_of(&session);
+//! assert_eq!(REJECTED.with(&session, |n| n.load(Relaxed)), None);
+//! ```
+//!
+//! They belong to the program, not to a patch: a later patch finds them under the same number, and so does the program after a revert. Reads
+//! take no lock. What is attached to an object has to be dropped with it, or the next object at its address finds it: [`report`] tells what is
+//! still there. C programs have `livepatch_shadow_*` (`include/livepatch.h`), made after the kernel's `klp_shadow_*`.
+//!
+//! Contract of the `unsafe` in this module: only the functions of C have any; what they are given is their callers', and memory that they
+//! hand out is allocated with the layout that it is freed with.
+#![allow(unsafe_code)]
+
+use std::alloc::{alloc_zeroed, dealloc, Layout};
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+use papaya::HashMap;
+use parking_lot::Mutex;
+
+/// The object's address, and the number of the shadow.
+type Key = (usize, u64);
+
+/// Locks of constructors: one for many keys.
+const LOCKS: usize = 64;
+
+struct Entry {
+    value: Box<dyn Any + Send + Sync>,
+    type_name: &'static str,
+    len_bytes: usize,
+}
+
+struct All {
+    entries: HashMap<Key, Entry>,
+    locks: [Mutex<()>; LOCKS],
+}
+
+fn all() -> &'static All {
+    static ALL: OnceLock<All> = OnceLock::new();
+    ALL.get_or_init(|| All { entries: HashMap::new(), locks: [const { Mutex::new(()) }; LOCKS] })
+}
+
+impl All {
+    fn lock(&self, key: Key) -> &Mutex<()> {
+        let mixed = (key.0 >> 4).wrapping_mul(31).wrapping_add(key.1 as usize) % LOCKS;
+        // The remainder is always one of them.
+        self.locks.get(mixed).unwrap_or(&self.locks[0])
+    }
+}
+
+fn address<O: ?Sized>(object: *const O) -> usize {
+    object.cast::<()>() as usize
+}
+
+/// A field of type `T` beside objects of any type. Two shadows of one number are the same shadow, in whatever patch they are.
+#[derive(Debug)]
+pub struct Shadow<T> {
+    id: u64,
+    _type: PhantomData<fn() -> T>,
+}
+
+impl<T: Send + Sync + 'static> Shadow<T> {
+    /// The shadow of this number: any that no other field of the program has.
+    #[must_use]
+    pub const fn new(id: u64) -> Self {
+        Self { id, _type: PhantomData }
+    }
+
+    /// Calls `f` with what is attached to `object`; `None` if nothing is, or something of another type. Takes no lock.
+    pub fn with<O: ?Sized, R>(&self, object: *const O, f: impl FnOnce(&T) -> R) -> Option<R> {
+        let entries = all().entries.pin();
+        entries.get(&(address(object), self.id))?.value.downcast_ref().map(f)
+    }
+
+    /// Attaches `value` to `object`.
+    ///
+    /// # Errors
+    ///
+    /// Something is attached already: the value comes back.
+    pub fn attach<O: ?Sized>(&self, object: *const O, value: T) -> Result<(), T> {
+        let (all, key) = (all(), (address(object), self.id));
+        let _one = all.lock(key).lock();
+        let entries = all.entries.pin();
+        if entries.contains_key(&key) {
+            return Err(value);
+        }
+        entries.insert(key, Self::entry(value));
+        Ok(())
+    }
+
+    /// Calls `f` with what is attached to `object`, and attaches what `make` makes first if nothing is. `make` runs once, under a lock.
+    ///
+    /// # Panics
+    ///
+    /// Something of another type is attached: two fields have one number.
+    pub fn with_or_attach<O: ?Sized, R>(
+        &self,
+        object: *const O,
+        make: impl FnOnce() -> T,
+        f: impl FnOnce(&T) -> R,
+    ) -> R {
+        let (all, key) = (all(), (address(object), self.id));
+        let entries = all.entries.pin();
+        let entry = entries.get(&key).unwrap_or_else(|| {
+            let _one = all.lock(key).lock();
+            entries.get_or_insert_with(key, || Self::entry(make()))
+        });
+        match entry.value.downcast_ref() {
+            Some(value) => f(value),
+            None => panic!("shadow {:#x} holds a {}, not a {}", self.id, entry.type_name, std::any::type_name::<T>()),
+        }
+    }
+
+    /// Drops what is attached to `object`, once nobody reads it any more; whether something was.
+    pub fn detach<O: ?Sized>(&self, object: *const O) -> bool {
+        let (all, key) = (all(), (address(object), self.id));
+        let _one = all.lock(key).lock();
+        all.entries.pin().remove(&key).is_some()
+    }
+
+    /// Drops what is attached to any object; how many were.
+    pub fn detach_all(&self) -> usize {
+        remove_if(|key| key.1 == self.id)
+    }
+
+    fn entry(value: T) -> Entry {
+        Entry { value: Box::new(value), type_name: std::any::type_name::<T>(), len_bytes: size_of::<T>() }
+    }
+}
+
+fn remove_if(wanted: impl Fn(&Key) -> bool) -> usize {
+    let all = all();
+    let entries = all.entries.pin();
+    let keys: Vec<Key> = entries.keys().filter(|k| wanted(k)).copied().collect();
+    let removed = keys.into_iter().filter(|key| {
+        let _one = all.lock(*key).lock();
+        entries.remove(key).is_some()
+    });
+    removed.count()
+}
+
+/// Drops every shadow of an object: to be called where it is freed, or the next object at its address has them. How many there were.
+pub fn drop_all_of<O: ?Sized>(object: *const O) -> usize {
+    let address = address(object);
+    remove_if(|key| key.0 == address)
+}
+
+/// What is attached under one number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The number.
+    pub id: u64,
+    /// To how many objects.
+    pub objects: usize,
+    /// Bytes of the values, without what they point to.
+    pub bytes: usize,
+    /// The type.
+    pub type_name: &'static str,
+}
+
+/// All that is attached, by number: what grows without end is a leak.
+#[must_use]
+pub fn report() -> Vec<Attached> {
+    let mut out: BTreeMap<u64, Attached> = BTreeMap::new();
+    for ((_, id), entry) in &all().entries.pin() {
+        let new = || Attached { id: *id, objects: 0, bytes: 0, type_name: entry.type_name };
+        let sum = out.entry(*id).or_insert_with(new);
+        sum.objects += 1;
+        sum.bytes += entry.len_bytes;
+    }
+    out.into_values().collect()
+}
+
+/// Memory of a C program.
+struct Blob {
+    at: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: what the bytes mean, and who may touch them when, is the C program's affair, as with any memory of its.
+unsafe impl Send for Blob {}
+// SAFETY: the same.
+unsafe impl Sync for Blob {}
+
+impl Drop for Blob {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated so, and nobody else frees it.
+        unsafe { dealloc(self.at, self.layout) };
+    }
+}
+
+/// Fills new memory; anything but 0 says that it could not.
+pub type Constructor = Option<unsafe extern "C" fn(object: *mut c_void, data: *mut c_void, with: *mut c_void) -> i32>;
+
+/// Undoes what is in memory that is about to be freed.
+pub type Destructor = Option<unsafe extern "C" fn(object: *mut c_void, data: *mut c_void)>;
+
+/// The memory attached to `object` under `id`, or null. Takes no lock.
+#[no_mangle]
+pub extern "C" fn livepatch_shadow_get(object: *mut c_void, id: u64) -> *mut c_void {
+    let at = |blob: &Blob| blob.at.cast();
+    Shadow::<Blob>::new(id).with(object, at).unwrap_or(std::ptr::null_mut())
+}
+
+/// Attaches `len` zeroed bytes to `object`, which `constructor` then fills, and gives them; what is there already, if something is and
+/// `or_get` says so; else null.
+///
+/// # Safety
+///
+/// `constructor` can be called with these three.
+unsafe fn attach(
+    object: *mut c_void,
+    id: u64,
+    len: usize,
+    constructor: Constructor,
+    with: *mut c_void,
+    or_get: bool,
+) -> *mut c_void {
+    let null = std::ptr::null_mut();
+    let (all, key) = (all(), (object as usize, id));
+    let _one = all.lock(key).lock();
+    let entries = all.entries.pin();
+    if let Some(entry) = entries.get(&key) {
+        return entry.value.downcast_ref().filter(|_| or_get).map_or(null, |b: &Blob| b.at.cast());
+    }
+    let Ok(layout) = Layout::from_size_align(len.max(1), 16) else { return null };
+    // SAFETY: the layout has a size.
+    let at = unsafe { alloc_zeroed(layout) };
+    if at.is_null() {
+        return null;
+    }
+    let blob = Blob { at, layout };
+    if let Some(constructor) = constructor {
+        // SAFETY: the caller's.
+        if unsafe { constructor(object, at.cast(), with) } != 0 {
+            return null;
+        }
+    }
+    entries.insert(key, Entry { value: Box::new(blob), type_name: "memory of C", len_bytes: len });
+    at.cast()
+}
+
+/// Attaches `len` zeroed bytes to `object` under `id` and has `constructor` fill them, under a lock. Null where something is attached
+/// already, where there is no memory, or where the constructor gives anything but 0.
+///
+/// # Safety
+///
+/// `constructor`, if not null, can be called with `object`, the bytes and `with`; it uses no shadow itself.
+#[no_mangle]
+pub unsafe extern "C" fn livepatch_shadow_attach(
+    object: *mut c_void,
+    id: u64,
+    len: usize,
+    constructor: Constructor,
+    with: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { attach(object, id, len, constructor, with, false) }
+}
+
+/// The same, but gives what is attached already.
+///
+/// # Safety
+///
+/// As of [`livepatch_shadow_attach`].
+#[no_mangle]
+pub unsafe extern "C" fn livepatch_shadow_get_or_attach(
+    object: *mut c_void,
+    id: u64,
+    len: usize,
+    constructor: Constructor,
+    with: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { attach(object, id, len, constructor, with, true) }
+}
+
+/// Detaches what `object` has under `id`; `destructor` first.
+///
+/// # Safety
+///
+/// `destructor`, if not null, can be called with `object` and the bytes; nobody uses the bytes any more.
+#[no_mangle]
+pub unsafe extern "C" fn livepatch_shadow_detach(object: *mut c_void, id: u64, destructor: Destructor) {
+    let (all, key) = (all(), (object as usize, id));
+    let _one = all.lock(key).lock();
+    let entries = all.entries.pin();
+    if let (Some(destructor), Some(blob)) = (destructor, entries.get(&key).and_then(|e| e.value.downcast_ref::<Blob>()))
+    {
+        // SAFETY: the caller's.
+        unsafe { destructor(object, blob.at.cast()) };
+    }
+    entries.remove(&key);
+}
+
+/// Detaches what any object has under `id`.
+///
+/// # Safety
+///
+/// As of [`livepatch_shadow_detach`], for every object.
+#[no_mangle]
+pub unsafe extern "C" fn livepatch_shadow_detach_all(id: u64, destructor: Destructor) {
+    let keys: Vec<Key> = all().entries.pin().keys().filter(|k| k.1 == id).copied().collect();
+    for (object, id) in keys {
+        // SAFETY: the caller's.
+        unsafe { livepatch_shadow_detach(object as *mut c_void, id, destructor) };
+    }
+}
+
+/// Detaches everything that `object` has: to be called where it is freed. No destructor is called.
+#[no_mangle]
+pub extern "C" fn livepatch_shadow_drop_all_of(object: *mut c_void) {
+    drop_all_of(object);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::sync::Arc;
+
+    #[test]
+    fn an_object_has_its_shadow_until_it_is_dropped() {
+        static NAME: Shadow<String> = Shadow::new(1);
+        let object = [0u8; 4];
+        assert_eq!(NAME.with(&object, String::len), None);
+        NAME.attach(&object, "abc".into()).unwrap();
+        assert_eq!(NAME.attach(&object, "d".into()), Err("d".into()));
+        assert_eq!(NAME.with(&object, String::len), Some(3));
+        assert_eq!(Shadow::<u32>::new(1).with(&object, |n| *n), None, "another type");
+        assert!(NAME.detach(&object) && !NAME.detach(&object));
+    }
+
+    #[test]
+    fn the_next_object_at_an_address_has_none() {
+        static COUNT: Shadow<u64> = Shadow::new(2);
+        let place = Box::into_raw(Box::new(5u64));
+        COUNT.attach(place, 7).unwrap();
+        assert_eq!(drop_all_of(place), 1);
+        // The same address again, for another object.
+        assert_eq!(COUNT.with_or_attach(place, || 0, |n| *n), 0);
+        COUNT.detach(place);
+        // SAFETY: it came from a box.
+        drop(unsafe { Box::from_raw(place) });
+    }
+
+    #[test]
+    fn one_of_many_makes_it() {
+        static MADE: Shadow<AtomicUsize> = Shadow::new(3);
+        static CALLS: AtomicUsize = AtomicUsize::new(0);
+        let objects: Vec<u64> = (0..50).collect();
+        std::thread::scope(|s| {
+            for _ in 0..8 {
+                s.spawn(|| {
+                    for o in &objects {
+                        let make = || {
+                            CALLS.fetch_add(1, SeqCst);
+                            AtomicUsize::new(0)
+                        };
+                        MADE.with_or_attach(o, make, |n| n.fetch_add(1, SeqCst));
+                    }
+                });
+            }
+        });
+        assert_eq!(CALLS.load(SeqCst), 50);
+        assert!(objects.iter().all(|o| MADE.with(o, |n| n.load(SeqCst)) == Some(8)));
+        let told = report().into_iter().find(|a| a.id == 3).unwrap();
+        assert_eq!((told.objects, told.bytes), (50, 50 * size_of::<AtomicUsize>()));
+        assert_eq!(MADE.detach_all(), 50);
+        assert!(report().iter().all(|a| a.id != 3));
+    }
+
+    #[test]
+    fn what_is_read_lives_until_it_was_read() {
+        static LIVES: Shadow<Arc<()>> = Shadow::new(4);
+        let (object, value) = (0u8, Arc::new(()));
+        LIVES.attach(&object, Arc::clone(&value)).unwrap();
+        LIVES.with(&object, |v| {
+            assert!(LIVES.detach(&object));
+            assert_eq!(Arc::strong_count(v), 2);
+        });
+    }
+
+    #[test]
+    fn c_has_memory_with_constructor_and_destructor() {
+        unsafe extern "C" fn make(_object: *mut c_void, data: *mut c_void, with: *mut c_void) -> i32 {
+            // SAFETY: eight bytes, of the test.
+            unsafe { *data.cast::<u64>() = with as u64 };
+            i32::from(with.is_null())
+        }
+        static ENDED: AtomicUsize = AtomicUsize::new(0);
+        unsafe extern "C" fn end(_object: *mut c_void, data: *mut c_void) {
+            // SAFETY: eight bytes, of the test.
+            ENDED.fetch_add(unsafe { *data.cast::<u64>() } as usize, SeqCst);
+        }
+        let object = std::ptr::from_ref(&ENDED).cast_mut().cast();
+        // SAFETY: the functions above, with what they take.
+        unsafe {
+            assert!(livepatch_shadow_attach(object, 5, 8, Some(make), std::ptr::null_mut()).is_null());
+            let at = livepatch_shadow_attach(object, 5, 8, Some(make), 9 as *mut c_void);
+            assert_eq!(*at.cast::<u64>(), 9);
+            assert!(livepatch_shadow_attach(object, 5, 8, None, std::ptr::null_mut()).is_null());
+            assert_eq!(livepatch_shadow_get_or_attach(object, 5, 8, None, std::ptr::null_mut()), at);
+            assert_eq!(livepatch_shadow_get(object, 5), at);
+            livepatch_shadow_detach_all(5, Some(end));
+        }
+        assert_eq!(ENDED.load(SeqCst), 9);
+        assert!(livepatch_shadow_get(object, 5).is_null());
+    }
+}
