@@ -59,14 +59,29 @@ pub fn report(r: &Report) -> String {
     for f in &r.functions {
         let _ = writeln!(out, "  {what}: {f}");
     }
+    let (functions, threads) = (count(r.functions.len(), "function"), count(r.threads, "thread"));
+    if let Some(within) = &r.within {
+        let _ = writeln!(
+            out,
+            "  {functions}, {} {entries}; no thread held; traps stood for {:.2} ms, {}, {threads}",
+            r.entries,
+            within.trapping_us / 1e3,
+            count(usize::try_from(within.trapped).unwrap_or(usize::MAX), "trapped call"),
+        );
+        if within.interrupted > 0 {
+            let calls = count(usize::try_from(within.interrupted).unwrap_or(usize::MAX), "system call");
+            let _ = writeln!(out, "  {calls} ended with EINTR");
+        }
+        return out;
+    }
     let _ = writeln!(
         out,
         "  {}, {} {entries}; pause {:.1} µs (sleeping threads held up to {:.1} µs), {}, {}",
-        count(r.functions.len(), "function"),
+        functions,
         r.entries,
         r.pause_us,
         r.sleepers_us,
-        count(r.threads, "thread"),
+        threads,
         count(r.attempts as usize, "attempt"),
     );
     out

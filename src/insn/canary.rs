@@ -100,6 +100,23 @@ pub struct ShareWords {
     pub which: ProcAddr,
 }
 
+/// How the stub of a canary by an argument begins.
+const START: [u8; 7] = [0x50, 0x52, 0x9f, 0x0f, 0x90, 0xc0, 0x50];
+
+const BACK: [u8; 6] = [0x58, 0x04, 0x7f, 0x9e, 0x5a, 0x58];
+
+/// Where the way to the old function begins in it.
+const OLD: usize = 95;
+
+/// Where the way to the old function begins, if `code` is the stub at `at` of a canary.
+#[must_use]
+pub fn canary_old_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
+    if code.starts_with(&START) && code.get(OLD - BACK.len()..OLD)? == BACK {
+        return at.checked_add(OLD as u64);
+    }
+    session_old_way(at, code)
+}
+
 /// The stub at `at` for the entry jump at `entry`.
 ///
 /// # Errors
@@ -113,14 +130,13 @@ pub fn canary_stub(
     entry: ProcAddr,
     code: &[u8],
 ) -> Result<SwitchStub, StubError> {
-    const BACK: [u8; 6] = [0x58, 0x04, 0x7f, 0x9e, 0x5a, 0x58];
     let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
     let relative = |end: u64, to: ProcAddr| {
         let distance = i128::from(to.0) - i128::from(end);
         i32::try_from(distance).map(i32::to_le_bytes).map_err(|_| far("more than 2 GiB away"))
     };
     let second = words.shares.checked_add(4).ok_or_else(|| far("it is at the end of memory"))?;
-    let mut out = vec![0x50, 0x52, 0x9f, 0x0f, 0x90, 0xc0, 0x50];
+    let mut out = START.to_vec();
     let immediate = |out: &mut Vec<u8>, value: u64| {
         out.extend([0x48, 0xba]);
         out.extend(value.to_le_bytes());
@@ -191,9 +207,7 @@ pub fn session_stub(
     Ok(SwitchStub { code: out, ways: [at, thunk] })
 }
 
-/// Where the way to the old function begins, if `code` is the stub at `at` of a canary by session.
-#[must_use]
-pub fn session_old_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
+fn session_old_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
     let back = code.get(SESSION_OLD - SESSION_BACK.len()..SESSION_OLD)?;
     (code.starts_with(&SESSION_START) && back == SESSION_BACK).then(|| at.checked_add(SESSION_OLD as u64)).flatten()
 }
@@ -210,7 +224,9 @@ mod tests {
         let key = KeyArgument::new(5).unwrap();
         let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
         let stub =
-            canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap().code;
+            canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        assert_eq!(canary_old_way(ProcAddr(0x9000), &stub.code), Some(stub.ways[1]));
+        let stub = stub.code;
         let mut formatter = iced_x86::IntelFormatter::new();
         let lines: Vec<String> = Decoder::with_ip(64, &stub, 0x9000, DecoderOptions::NONE)
             .iter()
@@ -278,8 +294,8 @@ mod tests {
             ]
         );
         assert_eq!(stub.ways, [at, ProcAddr(0x901d)]);
-        assert_eq!(session_old_way(at, &stub.code), Some(ProcAddr(0x901d)));
-        assert_eq!(session_old_way(at, &stub.code[1..]), None);
+        assert_eq!(canary_old_way(at, &stub.code), Some(ProcAddr(0x901d)));
+        assert_eq!(canary_old_way(at, &stub.code[1..]), None);
         assert!(session_stub(at, (0, 8), ProcAddr(0xa000), ProcAddr(0x1000), &code).is_err());
     }
 

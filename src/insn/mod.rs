@@ -7,7 +7,7 @@ use crate::addr::{ProcAddr, ProcRange};
 mod canary;
 mod stub;
 
-pub use canary::{bucket, canary_stub, session_old_way, session_stub, KeyArgument, ShareWords, CANARY_BYTES, WHOLE};
+pub use canary::{bucket, canary_old_way, canary_stub, session_stub, KeyArgument, ShareWords, CANARY_BYTES, WHOLE};
 pub use stub::{original_thunk, second_way, switch_stub, StubError, SwitchStub, Way, OVERWRITTEN, STUB_BYTES};
 
 /// An instruction that we write.

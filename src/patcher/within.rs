@@ -65,9 +65,6 @@ impl Patcher {
         switcher: &mut Switcher,
     ) -> Result<Report, Error> {
         let by_session = options.canary.as_ref().is_some_and(Canary::is_by_session);
-        if options.canary.is_some() && !by_session {
-            return Err(outside("a canary by an argument is applied by a hold"));
-        }
         if let Some(hook) = patch.manifest.hooks.first() {
             return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
         }
@@ -107,8 +104,8 @@ impl Patcher {
         let Some(traps) = staged.traps() else { return Err(outside("it was applied from outside before")) };
         let consistency = options.of_apply();
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
-        // A stub leads to the old function until a message begins in the new arm: so nobody has to leave anything.
-        let (old, new) = if by_session {
+        // A stub leads some calls to the new function and the others on in the old one: so nobody has to leave anything.
+        let (old, new) = if options.canary.is_some() {
             (staged.windows(), staged.windows())
         } else {
             (crate::transaction::relax(&consistency, staged.watched()), staged.watched_new())
@@ -162,9 +159,6 @@ impl Patcher {
         self.ready(options, switcher)?;
         let newest = self.newest(name)?;
         let canary = newest.payload.canary.clone();
-        if canary.as_ref().is_some_and(|c| c.session.is_none()) {
-            return Err(outside("a canary by an argument is reverted by a hold"));
-        }
         if let Some(hook) = newest.payload.hooks.first() {
             return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
         }

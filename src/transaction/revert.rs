@@ -140,7 +140,7 @@ impl Applied {
         if self.found.payload.canary.is_some() {
             let trap = |edit: &CodeEdit| {
                 let from = insn::jump_target(edit.at, edit.expected)?;
-                let to = insn::session_old_way(from, &memory.read_vec(from, insn::CANARY_BYTES).ok()?)?;
+                let to = insn::canary_old_way(from, &memory.read_vec(from, insn::CANARY_BYTES).ok()?)?;
                 let CodeEdit { function, at, expected, new } = edit.clone();
                 Some(Trap { function, at, before: expected, after: new, from, to })
             };
