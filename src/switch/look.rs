@@ -95,7 +95,7 @@ impl<'a> Looker<'a> {
         // Whoever is born from here on was born by a thread that is clear, and is.
         table.ends.store(true, std::sync::atomic::Ordering::SeqCst);
         let alive = |tid: &Tid| procfs::thread_exists(table.pid, *tid);
-        let clear = !table.marks.is_full() && !table.marks.not_clear().iter().any(alive);
+        let clear = !table.marks.not_clear().iter().any(alive);
         if !clear {
             table.ends.store(false, std::sync::atomic::Ordering::SeqCst);
         }

@@ -343,13 +343,12 @@ fn table(process: &OwnProcess<'_>, traps: &[Trap], watch: &[Watched]) -> Result<
     let mut traps = traps.to_vec();
     traps.sort_by_key(|t| t.at);
     let maps: Vec<Mapping> = process.mappings()?;
-    let count = procfs::threads(pid).map_err(|e| ProcessError::from_os(pid, "list the threads", e))?.len();
     Ok(Box::new(Table {
         pid,
         traps,
         watch: WatchList::new(watch.iter().cloned().chain([trap::returns()]).collect()),
         stacks: StackMap::new(&maps),
-        marks: Marks::new(count),
+        marks: Marks::new().map_err(|e| ProcessError::from_os(pid, "map memory", e))?,
         armed: false.into(),
         ends: false.into(),
         trapped: 0.into(),
