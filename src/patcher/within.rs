@@ -114,7 +114,7 @@ impl Patcher {
                 Ok(report)
             }
             Err(e) => {
-                if matches!(e, SwitchError::TakenBack(..) | SwitchError::Unfinished(..)) {
+                if switcher.is_unfinished() || matches!(e, SwitchError::TakenBack(..)) {
                     // New code may have run, and what it made may lead into it.
                     staged.keep()?;
                 }
@@ -189,7 +189,7 @@ impl Patcher {
             let mut own = OwnProcess::new(&mut self.process)?;
             let cfi = load_tables(&own, &self.images)?;
             let until = Instant::now() + options.timeout;
-            switcher.try_to_finish(&mut own, until, &cfi, &mut SwitchTimes::default())?;
+            switcher.try_to_finish(&mut own, until, &cfi, &mut SwitchTimes::default());
             if switcher.is_unfinished() {
                 return Err(NotQuiescent {
                     reason: "a switch before it is still to be taken back".into(),
@@ -231,7 +231,7 @@ fn not_switched(pid: Pid, error: SwitchError) -> Error {
             let name = procfs::thread_name(pid, *tid);
             return outside(format!("thread {tid} ({name}) blocks SIGTRAP or the signal of the agent"));
         }
-        SwitchError::Taken => return outside(error.to_string()),
+        SwitchError::Taken | SwitchError::Shared | SwitchError::Forbidden { .. } => return outside(error.to_string()),
         SwitchError::TakenBack(inside, _) | SwitchError::Unfinished(inside, _) => (inside.clone(), error.to_string()),
     };
     if let SwitchError::Process(e) = error {

@@ -103,10 +103,23 @@ pub fn read_own(at: ProcAddr, buf: &mut [u8]) -> bool {
     usize::try_from(got).is_ok_and(|n| n == buf.len())
 }
 
-/// Has `in_child` called in every child of fork(2), before fork returns there.
-pub fn at_fork(in_child: extern "C" fn()) -> io::Result<()> {
-    // SAFETY: a function of the right type; it keeps to what a child of a threaded process may do.
-    match unsafe { libc::pthread_atfork(None, None, Some(in_child)) } {
+/// Whether what handlers and barriers need is allowed now: a filter of system calls may have come since the start.
+///
+/// # Errors
+///
+/// What is not.
+pub fn can_look() -> Result<(), &'static str> {
+    let mut byte = [0];
+    if !read_own(ProcAddr(std::ptr::from_ref(&byte) as u64), &mut byte) {
+        return Err("read its own memory by process_vm_readv(2)");
+    }
+    make_code_seen().map_err(|_| "have all its threads see changed code by membarrier(2)")
+}
+
+/// Has `before` called by fork(2) in the thread that calls it, and `in_child` in every child, before fork returns there.
+pub fn at_fork(before: extern "C" fn(), in_child: extern "C" fn()) -> io::Result<()> {
+    // SAFETY: functions of the right type; they keep to what a child of a threaded process may do.
+    match unsafe { libc::pthread_atfork(Some(before), None, Some(in_child)) } {
         0 => Ok(()),
         e => Err(io::Error::from_raw_os_error(e)),
     }
