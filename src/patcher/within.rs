@@ -9,7 +9,7 @@ use crate::patch::PatchFile;
 use crate::plan::Refusal;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
-use crate::process::{HeldThread, IdleCheck, Pid, Process};
+use crate::process::{HeldThread, IdleCheck, Pid, Process, ProcessError};
 use crate::registry::{self, Confirmation, Share, State};
 use crate::stack::{Cfi, Part, Watched};
 use crate::switch::{Plan, SwitchError, SwitchTimes, Switcher};
@@ -36,7 +36,17 @@ impl Patcher {
     ///
     /// /proc is not there, or a debugger traces it.
     pub fn open_own() -> Result<Self, Error> {
-        let mut own = Self::open(Pid(std::process::id().cast_signed()))?;
+        let id = std::process::id();
+        // The numbers there would be those of other processes.
+        if !std::fs::read_link("/proc/self").is_ok_and(|name| name.as_os_str() == id.to_string().as_str()) {
+            return Err(outside("/proc is missing, or that of another PID namespace"));
+        }
+        let mut own = match Self::open(Pid(id.cast_signed())) {
+            Err(Error::Process(ProcessError::Permission { .. })) => {
+                return Err(outside("it may not read its own /proc files (PR_SET_DUMPABLE, or a change of user)"))
+            }
+            other => other?,
+        };
         own.by_threads = true;
         Ok(own)
     }

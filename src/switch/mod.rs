@@ -42,6 +42,12 @@ pub struct Inside {
     pub certain: bool,
 }
 
+impl Inside {
+    fn at(tid: Tid, what: &str) -> Self {
+        Self { tid, function: Some(what.into()), certain: true }
+    }
+}
+
 /// What a switch took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SwitchTimes {
@@ -219,7 +225,7 @@ impl Switcher {
             }
             Err(failed) => failed,
         };
-        if matches!(failed, Failed::Written(_)) && set_traps(process, &plan.traps).is_err() {
+        if matches!(failed, Failed::Written) && set_traps(process, &plan.traps).is_err() {
             // Some entries lead straight on, and no trap could be set there again: every thread goes on the new way.
             self.unfinished = Some(Unfinished { plan, table: to });
             return Err(SwitchError::Unfinished(None, times));
@@ -234,9 +240,9 @@ impl Switcher {
         Err(match failed {
             Failed::Looked(inside) if self.is_unfinished() => SwitchError::Unfinished(inside, times),
             Failed::Looked(inside) => SwitchError::TakenBack(inside, times),
-            Failed::Trapped(_) | Failed::Written(_) if self.is_unfinished() => SwitchError::Unfinished(None, times),
+            Failed::Trapped(_) | Failed::Written if self.is_unfinished() => SwitchError::Unfinished(None, times),
             Failed::Trapped(e) => SwitchError::Process(e),
-            Failed::Written(_) => SwitchError::TakenBack(None, times),
+            Failed::Written => SwitchError::TakenBack(None, times),
         })
     }
 
@@ -382,7 +388,7 @@ enum Failed {
     /// A thread was not clear, if it can be told which.
     Looked(Option<Inside>),
     /// All were, but what is to stand at the entries could not be written, or only some of it.
-    Written(ProcessError),
+    Written,
 }
 
 /// Sets the traps, looks until all threads are clear, and writes the entries. Handlers go by `table` already.
@@ -402,7 +408,7 @@ fn lead(
     let looked = looker.until_clear(deadline);
     times.count(&looker);
     times.threads = looked.map_err(Failed::Looked)?;
-    finish(process, &plan.traps).map_err(Failed::Written)?;
+    finish(process, &plan.traps).map_err(|_| Failed::Written)?;
     times.barriers += 2;
     Ok(())
 }

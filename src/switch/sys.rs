@@ -42,7 +42,14 @@ pub fn send(pid: Pid, tid: Tid, signal: c_int) -> io::Result<()> {
 
 /// Whether there is a task of this number in this process, a zombie included. Needs no descriptor.
 pub fn is_thread(pid: Pid, tid: Tid) -> bool {
-    send(pid, tid, 0).is_ok()
+    !matches!(send(pid, tid, 0), Err(e) if e.raw_os_error() == Some(libc::ESRCH))
+}
+
+/// Whether there is a task of this number at all.
+pub fn is_there(tid: Tid) -> bool {
+    // SAFETY: numbers only.
+    let result = check(unsafe { libc::syscall(libc::SYS_kill, tid.0, 0) });
+    !matches!(result, Err(e) if e.raw_os_error() == Some(libc::ESRCH))
 }
 
 /// Puts signals in the place of those that the calling thread blocks: the kernel's set, past whatever stands before the C library.
