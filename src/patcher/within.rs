@@ -12,7 +12,7 @@ use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, IdleCheck, Pid, Process, ProcessError};
 use crate::registry::{self, Confirmation, Share, State};
 use crate::stack::{Cfi, Part, Watched};
-use crate::switch::{Plan, SwitchError, SwitchTimes, Switcher};
+use crate::switch::{Inside, Plan, SwitchError, SwitchTimes, Switcher};
 use crate::transaction::{Applied, Stamp};
 
 /// The thread that asks is the one that calls: nobody is borrowed.
@@ -231,6 +231,16 @@ fn load_tables(process: &OwnProcess<'_>, images: &[Image]) -> Result<Cfi, Error>
     Ok(cfi)
 }
 
+/// What is the matter with a thread, if it is known which.
+fn stays(inside: &Option<Inside>) -> String {
+    match inside {
+        None => "not all threads could be looked at".into(),
+        Some(Inside { function: Some(f), certain: true, .. }) => format!("is inside {f}"),
+        Some(Inside { function: Some(f), .. }) => format!("may be inside {f}"),
+        Some(_) => "has a stack that could not be followed".into(),
+    }
+}
+
 fn not_switched(pid: Pid, error: SwitchError) -> Error {
     let (inside, reason) = match &error {
         SwitchError::Process(_) => (None, String::new()),
@@ -242,7 +252,14 @@ fn not_switched(pid: Pid, error: SwitchError) -> Error {
             return outside(format!("thread {tid} ({name}) blocks SIGTRAP or the signal of the agent"));
         }
         SwitchError::Taken | SwitchError::Shared | SwitchError::Forbidden { .. } => return outside(error.to_string()),
-        SwitchError::TakenBack(inside, _) | SwitchError::Unfinished(inside, _) => (inside.clone(), error.to_string()),
+        SwitchError::TakenBack(inside, _) => (
+            inside.clone(),
+            format!("{}; it was taken back, and some calls may have run the other version", stays(inside)),
+        ),
+        SwitchError::Unfinished(inside, _) => (
+            inside.clone(),
+            format!("{}; it is neither done nor taken back, and the next command goes on with it", stays(inside)),
+        ),
     };
     if let SwitchError::Process(e) = error {
         return e.into();
@@ -251,6 +268,7 @@ fn not_switched(pid: Pid, error: SwitchError) -> Error {
         tid: inside.as_ref().map(|i| i.tid.0),
         thread: inside.as_ref().map(|i| procfs::thread_name(pid, i.tid)),
         function: inside.and_then(|i| i.function),
+        taken_back: true,
         reason,
         backtrace: Vec::new(),
         attempts: 1,

@@ -66,20 +66,21 @@ impl<'a> Looker<'a> {
     /// One was not by `deadline`, if that can be told.
     pub fn until_clear(&mut self, deadline: Instant) -> Result<usize, Option<Inside>> {
         let mut pause = Duration::from_micros(20);
+        let mut blamed = None;
         loop {
             self.passes += 1;
             let (count, last) = self.pass(deadline)?;
             match last {
                 None if self.all_are_clear()? => return Ok(count),
-                Some(inside) if Instant::now() >= deadline => return Err(Some(inside)),
-                _ => {
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(5));
-                }
+                // A thread that was seen inside says more than one that could not be followed.
+                Some(inside) if inside.certain || blamed.is_none() => blamed = Some(inside),
+                _ => {}
             }
             if Instant::now() >= deadline {
-                return Err(None);
+                return Err(blamed);
             }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
         }
     }
 
@@ -271,8 +272,17 @@ impl<'a> Looker<'a> {
         if checker.is_clear(thread, extent, stack, &memory) {
             return None;
         }
-        let function = checker.into_blocked().and_then(|b| b.function().map(str::to_owned));
-        Some(Inside { tid: thread.tid, certain: false, function })
+        // A thread that goes on in old code by a trap is seen in the stub behind it: whose frames are below says more.
+        let mut named = None;
+        let mut look = |frame: Frame| {
+            let found =
+                if frame.exact { self.table.watch.live_at(frame.pc) } else { self.table.watch.live_return(frame.pc) };
+            named = named.take().or(found.filter(|w| !w.is_stub()).map(|w| w.name.clone()));
+        };
+        let _ = Unwinder::new(self.cfi, &memory).walk(&thread.registers, &mut look);
+        let certain = named.is_some();
+        let function = named.or_else(|| checker.into_blocked().and_then(|b| b.function().map(str::to_owned)));
+        Some(Inside { tid: thread.tid, certain, function })
     }
 }
 

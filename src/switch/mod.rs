@@ -208,8 +208,13 @@ impl Switcher {
         let (to, back) = (table(process, &plan)?, table(process, &turned)?);
         let mut times = SwitchTimes::default();
         wait_until_left(process, &to, self.look, cfi, Instant::now() + patience / 4);
-        if process.has_sharers() {
-            return Err(SwitchError::Shared);
+        // Children of vfork and posix_spawn go by; one that stays could be in any code.
+        let waits = Instant::now() + patience / 4;
+        while process.has_sharers() {
+            if Instant::now() >= waits {
+                return Err(SwitchError::Shared);
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
         // Calls trap until this thread has looked at all others: it should not have to wait for a CPU, where that is allowed.
         let _priority = Priority::raise();
