@@ -8,6 +8,7 @@ use super::marks::Mark;
 use super::trap::{self, Answer, Table};
 use super::{sys, Inside};
 use crate::addr::ProcAddr;
+use crate::memory::ReadMemory;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, Pid, Registers, StackCheck, Tid, RSP};
@@ -253,7 +254,7 @@ impl<'a> Looker<'a> {
         let (watch, mut live) = (&self.table.watch, None);
         let mut look = |frame: Frame| {
             let found = if frame.exact { watch.live_at(frame.pc) } else { watch.live_return(frame.pc) };
-            live = live.take().or(found.map(|w| w.name.clone()));
+            live = found.map(|w| w.name.clone()).or(live.take());
         };
         let walked =
             Unwinder::new(self.cfi, self.process).walk_blocked(thread.registers.sp(), thread.registers.pc, &mut look);
@@ -277,9 +278,17 @@ impl<'a> Looker<'a> {
         let mut look = |frame: Frame| {
             let found =
                 if frame.exact { self.table.watch.live_at(frame.pc) } else { self.table.watch.live_return(frame.pc) };
-            named = named.take().or(found.filter(|w| !w.is_stub()).map(|w| w.name.clone()));
+            // The outermost stays longest.
+            named = found.filter(|w| !w.is_stub()).map(|w| w.name.clone()).or(named.take());
         };
-        let _ = Unwinder::new(self.cfi, &memory).walk(&thread.registers, &mut look);
+        // At the beginning of a way through a stub nothing has been pushed yet.
+        let mut registers = thread.registers;
+        let mut caller = [0; 8];
+        if self.table.begins_way(registers.pc) && memory.read_exact(registers.sp(), &mut caller).is_ok() {
+            registers.pc = ProcAddr(u64::from_le_bytes(caller));
+            registers.general[RSP] += 8;
+        }
+        let _ = Unwinder::new(self.cfi, &memory).walk(&registers, &mut look);
         let certain = named.is_some();
         let function = named.or_else(|| checker.into_blocked().and_then(|b| b.function().map(str::to_owned)));
         Some(Inside { tid: thread.tid, certain, function })

@@ -315,6 +315,11 @@ impl Table {
         self.stacks.home(thread).or_else(new)
     }
 
+    /// Whether threads that trap go on here.
+    pub fn begins_way(&self, at: ProcAddr) -> bool {
+        self.traps.iter().any(|t| [t.trap.from, t.trap.to].contains(&at))
+    }
+
     /// Whether the thread has no frame in what is watched. In handlers.
     fn is_clear(&self, thread: &HeldThread) -> bool {
         let registers = &thread.registers;
