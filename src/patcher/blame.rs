@@ -34,6 +34,7 @@ pub(super) fn not_quiescent(
         };
         let reason = "could not be stopped in time (it sleeps where it cannot be interrupted, or the machine is busy)";
         return NotQuiescent {
+            taken_back: false,
             tid: tid.map(|t| t.0),
             thread: tid.and_then(name),
             function: None,
@@ -52,7 +53,7 @@ pub(super) fn not_quiescent(
     };
     let backtrace = cfi.map(|cfi| backtrace(process, images, cfi, &blocked)).unwrap_or_default();
     let tid = blocked.tid();
-    NotQuiescent { tid: Some(tid.0), thread: name(tid), function, reason, backtrace, attempts }
+    NotQuiescent { taken_back: false, tid: Some(tid.0), thread: name(tid), function, reason, backtrace, attempts }
 }
 
 fn backtrace(process: &PtraceProcess, images: &[Image], cfi: &Cfi, blocked: &NotClear) -> Vec<TraceLine> {

@@ -75,6 +75,7 @@ impl From<TransactionError> for Error {
             TransactionError::Swap(e) => Self::Swap(e),
             TransactionError::Hold(crate::process::HoldError::Process(e)) => Self::Process(e),
             TransactionError::Hold(hold) => Self::NotQuiescent(Box::new(NotQuiescent {
+                taken_back: false,
                 tid: None,
                 thread: None,
                 function: None,
@@ -137,7 +138,7 @@ pub struct TraceLine {
     pub place: String,
 }
 
-/// Until the timeout, some thread stayed where it must not be; nothing was changed.
+/// Until the timeout, some thread stayed where it must not be; nothing was changed, or it was taken back.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct NotQuiescent {
     /// The thread.
@@ -146,6 +147,9 @@ pub struct NotQuiescent {
     pub thread: Option<String>,
     /// The function that it is in.
     pub function: Option<String>,
+    /// Whether some calls may have run the other version meanwhile.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub taken_back: bool,
     /// What is the matter with it.
     pub reason: String,
     /// Its stack, the innermost frame first.
@@ -156,7 +160,8 @@ pub struct NotQuiescent {
 
 impl std::fmt::Display for NotQuiescent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "not quiescent before the timeout, nothing was changed: ")?;
+        let changed = if self.taken_back { "" } else { ", nothing was changed" };
+        write!(f, "not quiescent before the timeout{changed}: ")?;
         if let (Some(tid), Some(name)) = (self.tid, &self.thread) {
             write!(f, "thread {tid} ({name}) ")?;
         }

@@ -10,11 +10,11 @@ use crate::patch::PatchFile;
 use crate::plan::Refusal;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
-use crate::process::{HeldThread, IdleCheck, Pid, Process};
+use crate::process::{HeldThread, IdleCheck, Pid, Process, ProcessError};
 use crate::registry::{self, CanaryRecord, Confirmation, SessionKey, Share, State, SHARES_AT, WHICH_AT};
 use crate::session::{self, Words};
 use crate::stack::{Cfi, Part, Watched};
-use crate::switch::{Plan, SwitchError, SwitchTimes, Switcher};
+use crate::switch::{Inside, Plan, SwitchError, SwitchTimes, Switcher};
 use crate::transaction::{Applied, Stamp};
 
 /// The thread that asks is the one that calls: nobody is borrowed.
@@ -38,7 +38,17 @@ impl Patcher {
     ///
     /// /proc is not there, or a debugger traces it.
     pub fn open_own() -> Result<Self, Error> {
-        let mut own = Self::open(Pid(std::process::id().cast_signed()))?;
+        let id = std::process::id();
+        // The numbers there would be those of other processes.
+        if !std::fs::read_link("/proc/self").is_ok_and(|name| name.as_os_str() == id.to_string().as_str()) {
+            return Err(outside("/proc is missing, or that of another PID namespace"));
+        }
+        let mut own = match Self::open(Pid(id.cast_signed())) {
+            Err(Error::Process(ProcessError::Permission { .. })) => {
+                return Err(outside("it may not read its own /proc files (PR_SET_DUMPABLE, or a change of user)"))
+            }
+            other => other?,
+        };
         own.by_threads = true;
         Ok(own)
     }
@@ -134,7 +144,7 @@ impl Patcher {
                 Ok(report)
             }
             Err(e) => {
-                if matches!(e, SwitchError::TakenBack(..) | SwitchError::Unfinished(..)) {
+                if switcher.is_unfinished() || matches!(e, SwitchError::TakenBack(..)) {
                     // New code may have run, and what it made may lead into it.
                     staged.keep()?;
                 }
@@ -247,7 +257,7 @@ impl Patcher {
             let mut own = OwnProcess::new(&mut self.process)?;
             let cfi = load_tables(&own, &self.images)?;
             let until = Instant::now() + options.timeout;
-            switcher.try_to_finish(&mut own, until, &cfi, &mut SwitchTimes::default())?;
+            switcher.try_to_finish(&mut own, until, &cfi, &mut SwitchTimes::default());
             if switcher.is_unfinished() {
                 return Err(NotQuiescent {
                     reason: "a switch before it is still to be taken back".into(),
@@ -302,6 +312,16 @@ fn load_tables(process: &OwnProcess<'_>, images: &[Image]) -> Result<Cfi, Error>
     Ok(cfi)
 }
 
+/// What is the matter with a thread, if it is known which.
+fn stays(inside: &Option<Inside>) -> String {
+    match inside {
+        None => "not all threads could be looked at".into(),
+        Some(Inside { function: Some(f), certain: true, .. }) => format!("is inside {f}"),
+        Some(Inside { function: Some(f), .. }) => format!("may be inside {f}"),
+        Some(_) => "has a stack that could not be followed".into(),
+    }
+}
+
 fn not_switched(pid: Pid, error: SwitchError) -> Error {
     let (inside, reason) = match &error {
         SwitchError::Process(_) => (None, String::new()),
@@ -312,8 +332,15 @@ fn not_switched(pid: Pid, error: SwitchError) -> Error {
             let name = procfs::thread_name(pid, *tid);
             return outside(format!("thread {tid} ({name}) blocks SIGTRAP or the signal of the agent"));
         }
-        SwitchError::Taken => return outside(error.to_string()),
-        SwitchError::TakenBack(inside, _) | SwitchError::Unfinished(inside, _) => (inside.clone(), error.to_string()),
+        SwitchError::Taken | SwitchError::Shared | SwitchError::Forbidden { .. } => return outside(error.to_string()),
+        SwitchError::TakenBack(inside, _) => (
+            inside.clone(),
+            format!("{}; it was taken back, and some calls may have run the other version", stays(inside)),
+        ),
+        SwitchError::Unfinished(inside, _) => (
+            inside.clone(),
+            format!("{}; it is neither done nor taken back, and the next command goes on with it", stays(inside)),
+        ),
     };
     if let SwitchError::Process(e) = error {
         return e.into();
@@ -322,6 +349,7 @@ fn not_switched(pid: Pid, error: SwitchError) -> Error {
         tid: inside.as_ref().map(|i| i.tid.0),
         thread: inside.as_ref().map(|i| procfs::thread_name(pid, i.tid)),
         function: inside.and_then(|i| i.function),
+        taken_back: true,
         reason,
         backtrace: Vec::new(),
         attempts: 1,

@@ -43,6 +43,12 @@ impl<'a> OwnProcess<'a> {
         !self.0.sharers().is_empty()
     }
 
+    /// Whether this is another process that shares this memory, or may be.
+    #[must_use]
+    pub fn is_sharer(&self, pid: Pid) -> bool {
+        self.0.may_share(pid)
+    }
+
     /// Writes code while threads run. For a switch, which sees to it that none executes it half written.
     pub(crate) fn write_code(&mut self, at: ProcAddr, bytes: &[u8]) -> Result<(), ProcessError> {
         self.0.write_any(at, bytes, None)

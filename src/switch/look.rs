@@ -1,6 +1,7 @@
 //! Looks at threads from the agent's thread, without waking them: the others while they sleep, those that never do by a signal.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::marks::Mark;
@@ -8,6 +9,7 @@ use super::trap::{self, Answer, Table};
 use super::{sys, Inside};
 use crate::addr::ProcAddr;
 use crate::memory::ReadMemory;
+use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, Pid, Registers, StackCheck, Tid, RSP};
 use crate::quiesce::{Checker, Snapshot};
@@ -35,7 +37,7 @@ enum Seen {
 
 /// Looks at the threads of this process for one switch.
 pub struct Looker<'a> {
-    pub memory: &'a dyn ReadMemory,
+    process: &'a OwnProcess<'a>,
     pub table: &'a Table,
     pub look: i32,
     pub cfi: &'a Cfi,
@@ -44,12 +46,14 @@ pub struct Looker<'a> {
     /// How often a sleeping thread's stack could not be followed.
     unproven: HashMap<Tid, u32>,
     scan: Checker<'a>,
+    /// Threads that were there when the traps stood and are not known to be clear; `None` before they have been listed.
+    roster: Option<Vec<Tid>>,
 }
 
 impl<'a> Looker<'a> {
-    pub fn new(memory: &'a dyn ReadMemory, table: &'a Table, look: i32, cfi: &'a Cfi) -> Self {
+    pub fn new(process: &'a OwnProcess<'a>, table: &'a Table, look: i32, cfi: &'a Cfi) -> Self {
         let scan = Checker::new(&table.watch, &table.stacks, None);
-        Self { memory, table, look, cfi, signals: 0, passes: 0, unproven: HashMap::new(), scan }
+        Self { process, table, look, cfi, signals: 0, passes: 0, unproven: HashMap::new(), scan, roster: None }
     }
 
     fn pid(&self) -> Pid {
@@ -63,21 +67,21 @@ impl<'a> Looker<'a> {
     /// One was not by `deadline`, if that can be told.
     pub fn until_clear(&mut self, deadline: Instant) -> Result<usize, Option<Inside>> {
         let mut pause = Duration::from_micros(20);
+        let mut blamed = None;
         loop {
             self.passes += 1;
             let (count, last) = self.pass(deadline)?;
             match last {
-                None if self.all_new_are_clear()? => return Ok(count),
-                None => {}
-                Some(inside) if Instant::now() >= deadline => return Err(Some(inside)),
-                Some(_) => {
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(5));
-                }
+                None if self.all_are_clear()? => return Ok(count),
+                // A thread that was seen inside says more than one that could not be followed.
+                Some(inside) if inside.certain || blamed.is_none() => blamed = Some(inside),
+                _ => {}
             }
             if Instant::now() >= deadline {
-                return Err(None);
+                return Err(blamed);
             }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
         }
     }
 
@@ -85,27 +89,53 @@ impl<'a> Looker<'a> {
         procfs::threads(self.pid()).map_err(|_| None)
     }
 
-    /// All threads that there are were seen clear. Was one born meanwhile that is not?
-    fn all_new_are_clear(&self) -> Result<bool, Option<Inside>> {
+    /// Whether a thread will never run again. A file that can't be opened proves nothing.
+    fn has_ended(&self, tid: Tid) -> bool {
+        !sys::is_thread(self.pid(), tid) || procfs::is_zombie(self.pid(), tid)
+    }
+
+    /// Whether a thread that has a mark may run: one of this process, or a child of vfork.
+    fn may_run(&self, tid: Tid) -> bool {
+        if sys::is_thread(self.pid(), tid) {
+            !procfs::is_zombie(self.pid(), tid)
+        } else {
+            sys::is_there(tid) && self.process.is_sharer(Pid(tid.0))
+        }
+    }
+
+    /// All threads that were looked at are clear. Is one that was there before, or was born meanwhile, not?
+    fn all_are_clear(&mut self) -> Result<bool, Option<Inside>> {
         let table = self.table;
-        let unknown = |tid: &Tid| table.marks.slot(*tid).is_none_or(|s| s.get() != Mark::Clear);
-        if self.threads()?.iter().any(unknown) {
+        let is_clear = |tid: &Tid| table.marks.get(*tid) == Mark::Clear;
+        if self.roster.is_none() || !self.threads()?.iter().all(is_clear) {
             return Ok(false);
         }
         // Whoever is born from here on was born by a thread that is clear, and is.
-        table.ends.store(true, std::sync::atomic::Ordering::SeqCst);
-        let alive = |tid: &Tid| procfs::thread_exists(table.pid, *tid);
-        let clear = !table.marks.is_full() && !table.marks.not_clear().iter().any(alive);
+        table.ends.store(true, Ordering::SeqCst);
+        let clear = !table.marks.not_clear().into_iter().any(|tid| self.may_run(tid)) && !self.process.has_sharers();
         if !clear {
-            table.ends.store(false, std::sync::atomic::Ordering::SeqCst);
+            table.ends.store(false, Ordering::SeqCst);
         }
         Ok(clear)
     }
 
     /// Looks once at each thread that is not known to be clear: how many threads there are, and one that is not clear.
     fn pass(&mut self, deadline: Instant) -> Result<(usize, Option<Inside>), Option<Inside>> {
-        let threads = self.threads()?;
+        let mut threads = self.threads()?;
         let count = threads.len();
+        if self.roster.is_none() {
+            // A listing of a folder that changes may leave a thread out. One that does not is enough: whoever is born while the traps stand comes
+            // to the code that is left by a trap only.
+            let pid = self.pid();
+            self.roster = procfs::all_threads(pid, &|tid| sys::is_thread(pid, tid)).map_err(|_| None)?;
+        }
+        if let Some(roster) = &mut self.roster {
+            roster.retain(|tid| self.table.marks.get(*tid) != Mark::Clear);
+            threads.extend(roster.iter());
+        }
+        threads.extend(self.table.marks.not_clear());
+        threads.sort_unstable_by_key(|tid| tid.0);
+        threads.dedup();
         let (mut last, mut runs) = (None, Vec::new());
         for tid in threads {
             let Some(slot) = self.table.marks.slot(tid) else { return Err(None) };
@@ -117,7 +147,10 @@ impl<'a> Looker<'a> {
                 Seen::Clear => {
                     slot.change(before, Mark::Clear);
                 }
-                Seen::Gone => {}
+                // Whoever gets its number is new.
+                Seen::Gone => {
+                    slot.change(before, Mark::Clear);
+                }
                 Seen::Runs => runs.push(tid),
                 Seen::Inside(inside) => {
                     let times = self.unproven.entry(tid).or_default();
@@ -167,7 +200,7 @@ impl<'a> Looker<'a> {
                     Some(inside) => last = Some(inside),
                 },
                 Answer::Unknown => last = unproven(None),
-                Answer::Late if !procfs::thread_exists(pid, tid) => {}
+                Answer::Late if self.has_ended(tid) => {}
                 Answer::Late => last = unproven(None),
             }
         }
@@ -182,8 +215,19 @@ impl<'a> Looker<'a> {
         }
         let runs = procfs::run_count(pid, tid);
         let Some(blocked) = procfs::blocked_in(pid, tid) else {
-            return if procfs::thread_exists(pid, tid) { Seen::Runs } else { Seen::Gone };
+            return match (sys::is_thread(pid, tid), self.may_run(tid)) {
+                (_, false) => Seen::Gone,
+                (true, true) => Seen::Runs,
+                (false, true) => Seen::Inside(Inside::at(tid, "what another process with this memory runs")),
+            };
         };
+        // A first thread that has ended is in no system call.
+        if blocked.number == -1 && blocked.sp == 0 && self.has_ended(tid) {
+            return Seen::Gone;
+        }
+        if [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&blocked.number) {
+            return Seen::Inside(Inside::at(tid, "a child of vfork"));
+        }
         if procfs::is_io_worker(pid, tid) {
             return Seen::Clear;
         }
@@ -197,10 +241,10 @@ impl<'a> Looker<'a> {
         let registers = Registers { general, pc: ProcAddr(blocked.pc), fs_base };
         let thread = HeldThread { tid, is_main: self.table.stacks.is_main(registers.sp()), registers };
         let extent = self.scan.extent(&thread);
-        let clear = self.scan.is_clear(&thread, extent, &[], self.memory);
+        let clear = self.scan.is_clear(&thread, extent, &[], self.process);
         let found = if clear { None } else { self.inside(&thread) };
         let Some(inside) = found else {
-            return if procfs::run_count(pid, tid) == runs { Seen::Clear } else { Seen::Runs };
+            return if runs != 0 && procfs::run_count(pid, tid) == runs { Seen::Clear } else { Seen::Runs };
         };
         Seen::Inside(inside)
     }
@@ -210,10 +254,10 @@ impl<'a> Looker<'a> {
         let (watch, mut live) = (&self.table.watch, None);
         let mut look = |frame: Frame| {
             let found = if frame.exact { watch.live_at(frame.pc) } else { watch.live_return(frame.pc) };
-            live = live.take().or(found.map(|w| w.name.clone()));
+            live = found.map(|w| w.name.clone()).or(live.take());
         };
         let walked =
-            Unwinder::new(self.cfi, self.memory).walk_blocked(thread.registers.sp(), thread.registers.pc, &mut look);
+            Unwinder::new(self.cfi, self.process).walk_blocked(thread.registers.sp(), thread.registers.pc, &mut look);
         match (live, walked) {
             (None, Ok(())) => None,
             (function, _) => Some(Inside { tid: thread.tid, certain: function.is_some(), function }),
@@ -223,14 +267,31 @@ impl<'a> Looker<'a> {
     /// Whether a thread that copied its registers and stack had a frame in what is watched.
     fn unwound(&self, thread: &HeldThread, stack: &[u8]) -> Option<Inside> {
         let snapshot = Snapshot { at: thread.registers.sp(), bytes: stack.to_vec() };
-        let memory = snapshot.over(self.memory);
+        let memory = snapshot.over(self.process);
         let mut checker = Checker::new(&self.table.watch, &self.table.stacks, Some(self.cfi));
         let extent = checker.extent(thread);
         if checker.is_clear(thread, extent, stack, &memory) {
             return None;
         }
-        let function = checker.into_blocked().and_then(|b| b.function().map(str::to_owned));
-        Some(Inside { tid: thread.tid, certain: false, function })
+        // A thread that goes on in old code by a trap is seen in the stub behind it: whose frames are below says more.
+        let mut named = None;
+        let mut look = |frame: Frame| {
+            let found =
+                if frame.exact { self.table.watch.live_at(frame.pc) } else { self.table.watch.live_return(frame.pc) };
+            // The outermost stays longest.
+            named = found.filter(|w| !w.is_stub()).map(|w| w.name.clone()).or(named.take());
+        };
+        // At the beginning of a way through a stub nothing has been pushed yet.
+        let mut registers = thread.registers;
+        let mut caller = [0; 8];
+        if self.table.begins_way(registers.pc) && memory.read_exact(registers.sp(), &mut caller).is_ok() {
+            registers.pc = ProcAddr(u64::from_le_bytes(caller));
+            registers.general[RSP] += 8;
+        }
+        let _ = Unwinder::new(self.cfi, &memory).walk(&registers, &mut look);
+        let certain = named.is_some();
+        let function = named.or_else(|| checker.into_blocked().and_then(|b| b.function().map(str::to_owned)));
+        Some(Inside { tid: thread.tid, certain, function })
     }
 }
 

@@ -1,7 +1,9 @@
 //! Which version each thread runs: a table that signal handlers read and write, without a lock and without an allocation.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use super::sys::Zeroed;
 use crate::process::Tid;
 
 /// What is known of a thread.
@@ -18,89 +20,95 @@ pub enum Mark {
 const CLEAR: u32 = u32::MAX;
 
 impl Mark {
-    fn word(self, tid: Tid) -> u64 {
-        let state = match self {
-            Self::Unknown => 0,
+    fn word(self) -> u32 {
+        match self {
+            Self::Unknown => 1,
             // Saturates below the value that means clear.
-            Self::Stays(times) => times.clamp(1, CLEAR - 1),
+            Self::Stays(times) => times.clamp(1, CLEAR - 2) + 1,
             Self::Clear => CLEAR,
-        };
-        u64::from(tid.0.cast_unsigned()) << 32 | u64::from(state)
+        }
     }
 
-    fn of(word: u64) -> (Tid, Self) {
-        let mark = match word as u32 {
-            0 => Self::Unknown,
+    fn of(word: u32) -> Self {
+        match word {
+            0 | 1 => Self::Unknown,
             CLEAR => Self::Clear,
-            times => Self::Stays(times),
-        };
-        (Tid(((word >> 32) as u32).cast_signed()), mark)
+            times => Self::Stays(times - 1),
+        }
     }
 }
 
 /// A mark in the table.
-pub struct Slot<'t> {
-    word: &'t AtomicU64,
-    tid: Tid,
-}
+pub struct Slot<'t>(&'t AtomicU32);
 
 impl Slot<'_> {
     /// What is known now.
     pub fn get(&self) -> Mark {
-        Mark::of(self.word.load(Ordering::SeqCst)).1
+        Mark::of(self.0.load(Ordering::SeqCst))
     }
 
     /// `to`, if it is still `from`.
     pub fn change(&self, from: Mark, to: Mark) -> bool {
-        let (from, to) = (from.word(self.tid), to.word(self.tid));
-        self.word.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        self.0.compare_exchange(from.word(), to.word(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 }
 
-/// A mark for each thread.
+/// The highest number of a thread, and one: PID_MAX_LIMIT of a 64-bit kernel (proc(5), pid_max).
+const NUMBERS: usize = 1 << 22;
+
+/// Threads whose marks are looked at together.
+const TOGETHER: usize = 1 << 10;
+
+/// A mark for each thread that there can be: however many are born while a switch lasts, each finds its own. A number that is given again
+/// finds the mark of a thread that has ended; the new one has no frame yet, so that it is as clear as the mark says, or more.
 pub struct Marks {
-    /// The thread's number and its mark; 0 where there is none. No entry is ever taken out.
-    words: Box<[AtomicU64]>,
-    full: AtomicBool,
+    /// By the thread's number; 0 where there is none. Memory that nobody touches is none.
+    words: Zeroed,
+    /// Of so many marks together, whether there may be one.
+    touched: Box<[AtomicBool]>,
 }
 
 impl Marks {
-    /// With room for some threads more than there are.
-    pub fn new(threads: usize) -> Self {
-        let room = threads.saturating_mul(4).saturating_add(4096).next_power_of_two();
-        Self { words: (0..room).map(|_| AtomicU64::new(0)).collect(), full: AtomicBool::new(false) }
+    /// None yet.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory for them.
+    pub fn new() -> io::Result<Self> {
+        let touched = (0..NUMBERS / TOGETHER).map(|_| AtomicBool::new(false)).collect();
+        Ok(Self { words: Zeroed::map(NUMBERS)?, touched })
     }
 
-    /// The mark of a thread, which is made if there is none; `None` if there is no more room.
+    /// The mark of a thread, which is made if there is none.
     pub fn slot(&self, tid: Tid) -> Option<Slot<'_>> {
-        let mask = self.words.len() - 1;
-        let start = (tid.0.cast_unsigned().wrapping_mul(0x9e37_79b9) >> 8) as usize;
-        for step in 0..self.words.len() / 2 {
-            let word = self.words.get((start + step) & mask)?;
-            let mut there = word.load(Ordering::SeqCst);
-            if there == 0 {
-                match word.compare_exchange(0, Mark::Unknown.word(tid), Ordering::SeqCst, Ordering::SeqCst) {
-                    Ok(_) => return Some(Slot { word, tid }),
-                    Err(other) => there = other,
+        let at = usize::try_from(tid.0).ok()?;
+        let word = self.words.get(at)?;
+        if word.load(Ordering::SeqCst) == 0 {
+            // First the hint, then the mark: who sees no hint sees the state before the mark.
+            self.touched.get(at / TOGETHER)?.store(true, Ordering::SeqCst);
+            let _ = word.compare_exchange(0, Mark::Unknown.word(), Ordering::SeqCst, Ordering::SeqCst);
+        }
+        Some(Slot(word))
+    }
+
+    /// What is known of a thread, without making a mark.
+    pub fn get(&self, tid: Tid) -> Mark {
+        let word = usize::try_from(tid.0).ok().and_then(|at| self.words.get(at));
+        word.map_or(Mark::Unknown, |w| Mark::of(w.load(Ordering::SeqCst)))
+    }
+
+    /// The threads that have a mark and are not known to be clear.
+    pub fn not_clear(&self) -> Vec<Tid> {
+        let mut out = Vec::new();
+        for (i, _) in self.touched.iter().enumerate().filter(|(_, t)| t.load(Ordering::SeqCst)) {
+            for at in i * TOGETHER..(i + 1) * TOGETHER {
+                let word = self.words.get(at).map_or(0, |w| w.load(Ordering::SeqCst));
+                if word != 0 && word != CLEAR {
+                    out.extend(i32::try_from(at).ok().map(Tid));
                 }
             }
-            if Mark::of(there).0 == tid {
-                return Some(Slot { word, tid });
-            }
         }
-        self.full.store(true, Ordering::SeqCst);
-        None
-    }
-
-    /// Whether a thread found no room.
-    pub fn is_full(&self) -> bool {
-        self.full.load(Ordering::SeqCst)
-    }
-
-    /// The threads that are not known to be clear.
-    pub fn not_clear(&self) -> Vec<Tid> {
-        let words = self.words.iter().map(|w| w.load(Ordering::SeqCst)).filter(|w| *w != 0);
-        words.map(Mark::of).filter(|(_, mark)| *mark != Mark::Clear).map(|(tid, _)| tid).collect()
+        out
     }
 }
 
@@ -110,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_look_that_was_overtaken_proves_nothing() {
-        let marks = Marks::new(1);
+        let marks = Marks::new().unwrap();
         let slot = marks.slot(Tid(7)).unwrap();
         let before = slot.get();
         assert_eq!(before, Mark::Unknown);
@@ -118,27 +126,36 @@ mod tests {
         let own = marks.slot(Tid(7)).unwrap();
         assert!(own.change(Mark::Unknown, Mark::Stays(1)));
         assert!(!slot.change(before, Mark::Clear));
+        assert_eq!(marks.not_clear(), [Tid(7)]);
         assert!(slot.change(Mark::Stays(1), Mark::Clear));
         assert!(marks.not_clear().is_empty());
     }
 
     #[test]
-    fn every_thread_has_its_own_mark_until_there_is_no_room() {
-        let marks = Marks::new(0);
-        let mut last = 0;
-        for tid in 1..10_000 {
-            let Some(slot) = marks.slot(Tid(tid)) else { break };
+    fn every_thread_that_there_can_be_has_its_own_mark() {
+        let marks = Marks::new().unwrap();
+        let highest = i32::try_from(NUMBERS).unwrap() - 1;
+        for tid in (1..=highest).step_by(37).chain([highest]) {
+            let slot = marks.slot(Tid(tid)).unwrap();
             assert_eq!(slot.get(), Mark::Unknown);
-            slot.change(Mark::Unknown, Mark::Clear);
-            last = tid;
+            assert!(slot.change(Mark::Unknown, Mark::Clear));
         }
-        assert!(last >= 2048 && marks.is_full());
-        assert!((1..=last).all(|tid| marks.slot(Tid(tid)).is_some_and(|s| s.get() == Mark::Clear)));
+        assert!(marks.not_clear().is_empty());
+        assert!(marks.slot(Tid(-1)).is_none() && marks.slot(Tid(highest + 1)).is_none());
+        assert_eq!((marks.get(Tid(1)), marks.get(Tid(2))), (Mark::Clear, Mark::Unknown));
+    }
+
+    #[test]
+    fn marks_are_what_they_were_made_of() {
+        for mark in [Mark::Unknown, Mark::Stays(1), Mark::Stays(2), Mark::Stays(u32::MAX - 2), Mark::Clear] {
+            assert_eq!(Mark::of(mark.word()), mark);
+        }
+        assert_eq!(Mark::of(Mark::Stays(u32::MAX).word()), Mark::Stays(u32::MAX - 2));
     }
 
     #[test]
     fn threads_that_meet_make_one_mark() {
-        let marks = Marks::new(8);
+        let marks = Marks::new().unwrap();
         std::thread::scope(|s| {
             for _ in 0..4 {
                 s.spawn(|| (1..500).for_each(|tid| assert!(marks.slot(Tid(tid)).is_some())));

@@ -29,7 +29,7 @@ pub use trap::PassOn;
 
 use look::Looker;
 use marks::Marks;
-use trap::{Table, INT3};
+use trap::{Called, OwnedTable, Table, INT3};
 
 /// A thread that may be in code that is left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +40,12 @@ pub struct Inside {
     pub function: Option<String>,
     /// Whether its stack could be followed to where it stands.
     pub certain: bool,
+}
+
+impl Inside {
+    fn at(tid: Tid, what: &str) -> Self {
+        Self { tid, function: Some(what.into()), certain: true }
+    }
 }
 
 /// What a switch took.
@@ -89,6 +95,15 @@ pub enum SwitchError {
     /// Somebody took a signal away that the switch needs; nothing was done.
     #[error("the handler of SIGTRAP or of the agent's signal is another")]
     Taken,
+    /// The kernel lets this process not do what the switch needs (seccomp); nothing was done.
+    #[error("this process may not {what}")]
+    Forbidden {
+        /// What.
+        what: &'static str,
+    },
+    /// Another process shares the memory and may be in any code; nothing was done.
+    #[error("another process shares the memory of this one")]
+    Shared,
     /// A thread stayed in the code that was to be left; the switch was taken back, and the other code may have run.
     #[error("taken back, some calls may have run the other version: {}", said(.0.as_ref()))]
     TakenBack(Option<Inside>, SwitchTimes),
@@ -117,17 +132,25 @@ pub struct Plan {
     pub back: Vec<Watched>,
 }
 
+impl Plan {
+    /// The way back.
+    fn turned(&self) -> Self {
+        let traps = self.traps.iter().map(Trap::turned).collect();
+        Self { traps, leave: self.back.clone(), back: self.leave.clone() }
+    }
+}
+
 /// Switches this process. There is one in a process at most.
 #[derive(Debug)]
 pub struct Switcher {
     look: i32,
     /// A switch that could not even be taken back: what is still to be done.
-    unfinished: Option<Box<Unfinished>>,
+    unfinished: Option<Unfinished>,
 }
 
 struct Unfinished {
     plan: Plan,
-    table: Box<Table>,
+    table: OwnedTable,
 }
 
 impl std::fmt::Debug for Unfinished {
@@ -179,101 +202,75 @@ impl Switcher {
             return Err(SwitchError::Taken);
         }
         self.check_masks(process)?;
-        let table = table(process, &plan.traps, &plan.leave)?;
+        sys::can_look().map_err(|what| SwitchError::Forbidden { what })?;
+        let turned = plan.turned();
+        // Both before anything is done, so that nothing of what can fail is needed to go back.
+        let (to, back) = (table(process, &plan)?, table(process, &turned)?);
         let mut times = SwitchTimes::default();
-        wait_until_left(process, &table, self.look, cfi, Instant::now() + patience / 4);
+        wait_until_left(process, &to, self.look, cfi, Instant::now() + patience / 4);
+        // Children of vfork and posix_spawn go by; one that stays could be in any code.
+        let waits = Instant::now() + patience / 4;
+        while process.has_sharers() {
+            if Instant::now() >= waits {
+                return Err(SwitchError::Shared);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         // Calls trap until this thread has looked at all others: it should not have to wait for a CPU, where that is allowed.
         let _priority = Priority::raise();
-        trap::publish(&table);
+        trap::publish(&to);
         let began = Instant::now();
-        if let Err(e) = set_traps(process, &plan.traps) {
-            trap::withdraw(None);
-            return Err(e.into());
-        }
-        times.barriers += 1;
-        table.armed.store(true, std::sync::atomic::Ordering::SeqCst);
-        let mut looker = Looker::new(process, &table, self.look, cfi);
-        let looked = looker.until_clear(deadline).and_then(|count| {
-            // Children of vfork run on the stack of a thread that sleeps.
-            if process.has_sharers() {
-                Err(None)
-            } else {
-                Ok(count)
-            }
-        });
-        times.count(&looker, &table);
-        match looked {
-            Ok(threads) => {
-                times.threads = threads;
-                if let Err(e) = finish(process, &plan.traps) {
-                    // Traps may stand: every thread goes the new way until it can be written.
-                    self.unfinished = Some(Box::new(Unfinished { plan, table }));
-                    return Err(e.into());
-                }
-                times.barriers += 2;
-                times.trapping_ns = nanoseconds(began);
+        let done = lead(process, &plan, &to, self.look, cfi, deadline, &mut times);
+        let failed = match done {
+            Ok(()) => {
                 trap::withdraw(None);
-                times.count_traps(&table);
-                Ok(times)
-            }
-            Err(inside) => {
-                let turned =
-                    Plan { traps: plan.traps.iter().map(Trap::turned).collect(), leave: plan.back, back: plan.leave };
-                let result = self.take_back(process, table, turned, Instant::now() + patience, cfi, &mut times);
                 times.trapping_ns = nanoseconds(began);
-                result?;
-                if self.unfinished.is_some() {
-                    return Err(SwitchError::Unfinished(inside, times));
-                }
-                Err(SwitchError::TakenBack(inside, times))
+                times.count_traps(&to);
+                return Ok(times);
             }
+            Err(failed) => failed,
+        };
+        if matches!(failed, Failed::Written) && set_traps(process, &plan.traps).is_err() {
+            // Some entries lead straight on, and no trap could be set there again: every thread goes on the new way.
+            self.unfinished = Some(Unfinished { plan, table: to });
+            return Err(SwitchError::Unfinished(None, times));
         }
-    }
-
-    /// Leads all threads back; the first bytes of entries are all that was written.
-    fn take_back(
-        &mut self,
-        process: &mut OwnProcess<'_>,
-        before: Box<Table>,
-        turned: Plan,
-        deadline: Instant,
-        cfi: &Cfi,
-        times: &mut SwitchTimes,
-    ) -> Result<(), ProcessError> {
-        let table = table(process, &turned.traps, &turned.leave)?;
-        table.armed.store(true, std::sync::atomic::Ordering::SeqCst);
-        trap::withdraw(Some(&table));
-        times.count_traps(&before);
-        drop(before);
-        self.unfinished = Some(Box::new(Unfinished { plan: turned, table }));
-        self.try_to_finish(process, deadline, cfi, times)
+        back.armed.store(true, std::sync::atomic::Ordering::SeqCst);
+        trap::withdraw(Some(&back));
+        times.count_traps(&to);
+        drop(to);
+        self.unfinished = Some(Unfinished { plan: turned, table: back });
+        self.try_to_finish(process, Instant::now() + patience, cfi, &mut times);
+        times.trapping_ns = nanoseconds(began);
+        Err(match failed {
+            Failed::Looked(inside) if self.is_unfinished() => SwitchError::Unfinished(inside, times),
+            Failed::Looked(inside) => SwitchError::TakenBack(inside, times),
+            Failed::Trapped(_) | Failed::Written if self.is_unfinished() => SwitchError::Unfinished(None, times),
+            Failed::Trapped(e) => SwitchError::Process(e),
+            Failed::Written => SwitchError::TakenBack(None, times),
+        })
     }
 
     /// Goes on with what could not be taken back before; whether that is done, [`is_unfinished`](Self::is_unfinished) tells.
-    ///
-    /// # Errors
-    ///
-    /// Code could not be written.
     pub fn try_to_finish(
         &mut self,
         process: &mut OwnProcess<'_>,
         deadline: Instant,
         cfi: &Cfi,
         times: &mut SwitchTimes,
-    ) -> Result<(), ProcessError> {
-        let Some(left) = &self.unfinished else { return Ok(()) };
+    ) {
+        let Some(left) = &self.unfinished else { return };
         let mut looker = Looker::new(process, &left.table, self.look, cfi);
         let looked = looker.until_clear(deadline);
-        times.count(&looker, &left.table);
-        if looked.is_err() || process.has_sharers() {
-            return Ok(());
+        times.count(&looker);
+        // What is written again is what stands there already.
+        if looked.is_err() || finish(process, &left.plan.traps).is_err() {
+            return;
         }
-        finish(process, &left.plan.traps)?;
         times.barriers += 2;
         trap::withdraw(None);
         times.count_traps(&left.table);
         self.unfinished = None;
-        Ok(())
     }
 
     /// A thread that blocks SIGTRAP would be killed by a trap.
@@ -324,7 +321,7 @@ fn nanoseconds(since: Instant) -> u64 {
 }
 
 impl SwitchTimes {
-    fn count(&mut self, looker: &Looker<'_>, _table: &Table) {
+    fn count(&mut self, looker: &Looker<'_>) {
         self.passes += looker.passes;
         self.signals += looker.signals;
     }
@@ -338,18 +335,18 @@ impl SwitchTimes {
     }
 }
 
-fn table(process: &OwnProcess<'_>, traps: &[Trap], watch: &[Watched]) -> Result<Box<Table>, ProcessError> {
+fn table(process: &OwnProcess<'_>, plan: &Plan) -> Result<OwnedTable, ProcessError> {
+    let (traps, watch) = (&plan.traps, &plan.leave);
     let pid = process.pid();
-    let mut traps = traps.to_vec();
-    traps.sort_by_key(|t| t.at);
+    let mut traps: Vec<Called> = traps.iter().map(|t| Called::new(t, watch)).collect();
+    traps.sort_by_key(|t| t.trap.at);
     let maps: Vec<Mapping> = process.mappings()?;
-    let count = procfs::threads(pid).map_err(|e| ProcessError::from_os(pid, "list the threads", e))?.len();
-    Ok(Box::new(Table {
+    Ok(OwnedTable::new(Table {
         pid,
         traps,
         watch: WatchList::new(watch.iter().cloned().chain([trap::returns()]).collect()),
         stacks: StackMap::new(&maps),
-        marks: Marks::new(count),
+        marks: Marks::new().map_err(|e| ProcessError::from_os(pid, "map memory", e))?,
         armed: false.into(),
         ends: false.into(),
         trapped: 0.into(),
@@ -382,18 +379,43 @@ fn barrier(process: &OwnProcess<'_>) -> Result<(), ProcessError> {
     sys::make_code_seen().map_err(|e| ProcessError::from_os(process.pid(), "membarrier", e))
 }
 
-/// Sets all traps, or none.
+/// Sets all traps. Where that fails, some stand.
 fn set_traps(process: &mut OwnProcess<'_>, traps: &[Trap]) -> Result<(), ProcessError> {
-    for (i, t) in traps.iter().enumerate() {
-        if let Err(e) = process.write_code(t.at, &[INT3]) {
-            for done in traps.iter().take(i) {
-                process.write_code(done.at, &done.before[..1])?;
-            }
-            barrier(process)?;
-            return Err(e);
-        }
-    }
-    barrier(process)
+    let set = traps.iter().try_for_each(|t| process.write_code(t.at, &[INT3]));
+    let seen = barrier(process);
+    set.and(seen)
+}
+
+/// What came in the way of leading all threads to other code.
+enum Failed {
+    /// Not all traps could be set; nobody has entered the other code.
+    Trapped(ProcessError),
+    /// A thread was not clear, if it can be told which.
+    Looked(Option<Inside>),
+    /// All were, but what is to stand at the entries could not be written, or only some of it.
+    Written,
+}
+
+/// Sets the traps, looks until all threads are clear, and writes the entries. Handlers go by `table` already.
+fn lead(
+    process: &mut OwnProcess<'_>,
+    plan: &Plan,
+    table: &Table,
+    look: i32,
+    cfi: &Cfi,
+    deadline: Instant,
+    times: &mut SwitchTimes,
+) -> Result<(), Failed> {
+    set_traps(process, &plan.traps).map_err(Failed::Trapped)?;
+    times.barriers += 1;
+    table.armed.store(true, std::sync::atomic::Ordering::SeqCst);
+    let mut looker = Looker::new(process, table, look, cfi);
+    let looked = looker.until_clear(deadline);
+    times.count(&looker);
+    times.threads = looked.map_err(Failed::Looked)?;
+    finish(process, &plan.traps).map_err(|_| Failed::Written)?;
+    times.barriers += 2;
+    Ok(())
 }
 
 /// Writes what is to stand at each entry, whose first byte is a trap and where no thread is.

@@ -1,10 +1,11 @@
 //! The system calls of a switch, as safe functions.
 //!
 //! Contract of the `unsafe` in this module: every pointer that a call gets is to a local value or to a slice of the caller that outlives
-//! the call, with the length that it has; or the call takes numbers only.
+//! the call, with the length that it has; or the call takes numbers only; or memory is mapped where nothing is, and belongs to one value.
 #![allow(unsafe_code)]
 
 use std::io;
+use std::sync::atomic::AtomicU32;
 
 use libc::{c_int, c_long};
 
@@ -39,6 +40,65 @@ pub fn send(pid: Pid, tid: Tid, signal: c_int) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_tgkill, pid.0, tid.0, signal) }).map(drop)
 }
 
+/// Whether there is a task of this number in this process, a zombie included. Needs no descriptor.
+pub fn is_thread(pid: Pid, tid: Tid) -> bool {
+    !matches!(send(pid, tid, 0), Err(e) if e.raw_os_error() == Some(libc::ESRCH))
+}
+
+/// Whether there is a task of this number at all.
+pub fn is_there(tid: Tid) -> bool {
+    // SAFETY: numbers only.
+    let result = check(unsafe { libc::syscall(libc::SYS_kill, tid.0, 0) });
+    !matches!(result, Err(e) if e.raw_os_error() == Some(libc::ESRCH))
+}
+
+/// Puts signals in the place of those that the calling thread blocks: the kernel's set, past whatever stands before the C library.
+pub fn set_mask(set: u64) {
+    // SAFETY: a local of the kernel's layout.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const set, std::ptr::null_mut::<u64>(), 8usize)
+    };
+}
+
+/// Words of memory that are zero at first, and cost nothing until they are written.
+pub struct Zeroed {
+    start: *mut AtomicU32,
+    len: usize,
+}
+
+// SAFETY: atomics, which any thread may use; the memory is this value's own.
+unsafe impl Send for Zeroed {}
+// SAFETY: as above.
+unsafe impl Sync for Zeroed {}
+
+impl Zeroed {
+    /// So many.
+    pub fn map(len: usize) -> io::Result<Self> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: new memory, where nothing is.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len * size_of::<AtomicU32>(), access, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self { start: start.cast(), len })
+        }
+    }
+
+    /// One of them.
+    pub fn get(&self, at: usize) -> Option<&AtomicU32> {
+        // SAFETY: within what was mapped, which stays until this value is dropped; zero is a value of an atomic.
+        (at < self.len).then(|| unsafe { &*self.start.add(at) })
+    }
+}
+
+impl Drop for Zeroed {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map`, with this length.
+        unsafe { libc::munmap(self.start.cast(), self.len * size_of::<AtomicU32>()) };
+    }
+}
+
 /// Reads memory of this process that need not be there, all or nothing. Safe in a signal handler and in a child of fork; changes errno.
 pub fn read_own(at: ProcAddr, buf: &mut [u8]) -> bool {
     // SAFETY: it takes nothing and cannot fail.
@@ -50,10 +110,23 @@ pub fn read_own(at: ProcAddr, buf: &mut [u8]) -> bool {
     usize::try_from(got).is_ok_and(|n| n == buf.len())
 }
 
-/// Has `in_child` called in every child of fork(2), before fork returns there.
-pub fn at_fork(in_child: extern "C" fn()) -> io::Result<()> {
-    // SAFETY: a function of the right type; it keeps to what a child of a threaded process may do.
-    match unsafe { libc::pthread_atfork(None, None, Some(in_child)) } {
+/// Whether what handlers and barriers need is allowed now: a filter of system calls may have come since the start.
+///
+/// # Errors
+///
+/// What is not.
+pub fn can_look() -> Result<(), &'static str> {
+    let mut byte = [0];
+    if !read_own(ProcAddr(std::ptr::from_ref(&byte) as u64), &mut byte) {
+        return Err("read its own memory by process_vm_readv(2)");
+    }
+    make_code_seen().map_err(|_| "have all its threads see changed code by membarrier(2)")
+}
+
+/// Has `before` called by fork(2) in the thread that calls it, and `in_child` in every child, before fork returns there.
+pub fn at_fork(before: extern "C" fn(), in_child: extern "C" fn()) -> io::Result<()> {
+    // SAFETY: functions of the right type; they keep to what a child of a threaded process may do.
+    match unsafe { libc::pthread_atfork(Some(before), None, Some(in_child)) } {
         0 => Ok(()),
         e => Err(io::Error::from_raw_os_error(e)),
     }

@@ -10,8 +10,9 @@
 //!    says that it is done.
 #![allow(unsafe_code)]
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -36,11 +37,29 @@ const CHUNK: usize = 1024;
 /// `int3`.
 pub const INT3: u8 = 0xcc;
 
+/// A trap, and what a thread that comes to it by a call is taken to stand at.
+pub struct Called {
+    pub trap: Trap,
+    /// The first byte of the function that is left, if only calls come to the trap; else where the trap is.
+    called: ProcAddr,
+}
+
+impl Called {
+    pub fn new(trap: &Trap, watch: &[Watched]) -> Self {
+        const ENDBR64: u64 = 4;
+        let by_calls = |w: &&Watched| {
+            w.part == Part::Body { branches_to_entry: false } && w.range.start.checked_add(ENDBR64) == Some(trap.at)
+        };
+        let called = watch.iter().find(by_calls).map_or(trap.at, |w| w.range.start);
+        Self { trap: trap.clone(), called }
+    }
+}
+
 /// Everything that handlers need of a switch.
 pub struct Table {
     pub pid: Pid,
     /// By address.
-    pub traps: Vec<Trap>,
+    pub traps: Vec<Called>,
     /// What no thread may be in that enters the other code.
     pub watch: WatchList,
     pub stacks: StackMap,
@@ -58,6 +77,12 @@ pub struct Table {
 static ACTIVE: AtomicPtr<Table> = AtomicPtr::new(std::ptr::null_mut());
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 static PASS_ON: AtomicUsize = AtomicUsize::new(0);
+static LOOK: AtomicI32 = AtomicI32::new(0);
+
+thread_local! {
+    /// The thread that is in fork(2), as its child knows it. Constant at first and never dropped: fit for what runs around fork.
+    static FORKING: Cell<i32> = const { Cell::new(0) };
+}
 
 const IDLE: u32 = 0;
 const ASKED: u32 = 1;
@@ -115,12 +140,27 @@ pub enum Answer {
 /// come late.
 pub fn install(look: c_int, pass_on: PassOn) -> io::Result<()> {
     PASS_ON.store(pass_on as usize, Ordering::SeqCst);
-    // Signal stacks may be as small as two frames (Rust's are): at most one handler of ours is on one. SIGTRAP is not blocked while it is
-    // handled, for a switch does not begin while a thread blocks it, and a handler may be preempted for long.
-    set_handler(libc::SIGTRAP, on_trap, libc::SA_NODEFER, 1 << (look - 1))?;
-    set_handler(look, on_look, 0, 0)?;
-    sys::at_fork(in_child)
+    LOOK.store(look, Ordering::SeqCst);
+    // SIGTRAP is not blocked while it is handled, for a switch does not begin while a thread blocks it, and a handler may be preempted for
+    // long. Everything else is: a handler of the program could leave ours by a jump (siglongjmp), or end the thread (pthread_cancel), and
+    // whoever waits until no handler is inside would wait for ever. And signal stacks may be as small as two frames (Rust's are).
+    set_handler(libc::SIGTRAP, on_trap, libc::SA_NODEFER, ALL_BUT_RAISED)?;
+    set_handler(look, on_look, 0, ALL_BUT_RAISED)?;
+    sys::at_fork(before_fork, in_child)
 }
+
+/// What handlers of ours block: all but SIGTRAP and what instructions raise.
+const ALL_BUT_RAISED: u64 = {
+    const fn bit(signal: c_int) -> u64 {
+        1 << (signal - 1)
+    }
+    !(bit(libc::SIGTRAP)
+        | bit(libc::SIGILL)
+        | bit(libc::SIGBUS)
+        | bit(libc::SIGFPE)
+        | bit(libc::SIGSEGV)
+        | bit(libc::SIGSYS))
+};
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 
@@ -173,14 +213,42 @@ pub fn returns() -> Watched {
     Watched { name: "a signal frame".into(), range, part: Part::SignalReturn }
 }
 
+/// A table of a switch. Dropped while handlers still go by it, it stays where it is, for good.
+pub struct OwnedTable(ManuallyDrop<Box<Table>>);
+
+impl OwnedTable {
+    pub fn new(table: Table) -> Self {
+        Self(ManuallyDrop::new(Box::new(table)))
+    }
+}
+
+impl std::ops::Deref for OwnedTable {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.0
+    }
+}
+
+impl Drop for OwnedTable {
+    fn drop(&mut self) {
+        let own: *const Table = &raw const **self.0;
+        if ACTIVE.load(Ordering::SeqCst).cast_const() != own {
+            // SAFETY: it is not used after this. By 1, `withdraw` has waited for the handlers.
+            unsafe { ManuallyDrop::drop(&mut self.0) };
+        }
+    }
+}
+
 /// Makes a table the one that handlers go by. The one before it, if any, is withdrawn first.
-pub fn publish(table: &Table) {
+pub fn publish(table: &OwnedTable) {
+    let table: &Table = table;
     ACTIVE.store(std::ptr::from_ref(table).cast_mut(), Ordering::SeqCst);
 }
 
 /// Puts `next` in the place of the table, or none, and waits until no handler uses the one before.
-pub fn withdraw(next: Option<&Table>) {
-    let next = next.map_or(std::ptr::null_mut(), |t| std::ptr::from_ref(t).cast_mut());
+pub fn withdraw(next: Option<&OwnedTable>) {
+    let next = next.map_or(std::ptr::null_mut(), |t| std::ptr::from_ref::<Table>(t).cast_mut());
     ACTIVE.store(next, Ordering::SeqCst);
     // Handlers that come now use `next`; they go by fast, but there may always be one.
     let mut seen = 0;
@@ -235,13 +303,30 @@ pub fn ask(pid: Pid, tid: Tid, signal: c_int, deadline: Instant) -> Answer {
 }
 
 impl Table {
+    /// From the calling thread's stack pointer to the end of its stack. One that was mapped since the stacks were looked up reaches to the
+    /// thread's control block, which lies above all its frames, if all between can be read.
+    fn extent(&self, thread: &HeldThread) -> Option<ProcRange> {
+        const MAX_BYTES: u64 = 1 << 20;
+        let Registers { fs_base, .. } = thread.registers;
+        let new = || {
+            let range = ProcRange { start: thread.registers.sp(), end: ProcAddr(fs_base.0 & !7) };
+            (!thread.is_main && range.start < range.end && range.len_bytes() <= MAX_BYTES).then_some(range)
+        };
+        self.stacks.home(thread).or_else(new)
+    }
+
+    /// Whether threads that trap go on here.
+    pub fn begins_way(&self, at: ProcAddr) -> bool {
+        self.traps.iter().any(|t| [t.trap.from, t.trap.to].contains(&at))
+    }
+
     /// Whether the thread has no frame in what is watched. In handlers.
     fn is_clear(&self, thread: &HeldThread) -> bool {
         let registers = &thread.registers;
         if self.watch.hits_pc(registers.pc) || registers.general.iter().any(|r| self.watch.hits_word(*r)) {
             return false;
         }
-        let Some(extent) = self.stacks.home(thread) else { return false };
+        let Some(extent) = self.extent(thread) else { return false };
         let mut buffer = [0u8; CHUNK];
         let mut at = extent.start;
         while at < extent.end {
@@ -259,6 +344,8 @@ impl Table {
     /// Judges the calling thread, and marks it.
     fn judge(&self, thread: &HeldThread) -> bool {
         let Some(slot) = self.marks.slot(thread.tid) else { return false };
+        // A thread that has gone on in the code that is left may still be there, whatever is known of those that were looked at.
+        let has_stayed = matches!(slot.get(), Mark::Stays(_));
         let mut is_clear = None;
         loop {
             let mark = slot.get();
@@ -266,7 +353,8 @@ impl Table {
             if armed && mark == Mark::Clear {
                 return true;
             }
-            let clear = self.ends.load(Ordering::SeqCst) || *is_clear.get_or_insert_with(|| self.is_clear(thread));
+            let born_clear = !has_stayed && self.ends.load(Ordering::SeqCst);
+            let clear = born_clear || *is_clear.get_or_insert_with(|| self.is_clear(thread));
             if armed && clear {
                 if slot.change(mark, Mark::Clear) {
                     return true;
@@ -275,7 +363,9 @@ impl Table {
             }
             let times = if let Mark::Stays(n) = mark { n } else { 0 };
             // Whoever looks for marks that are not clear sets `ends` first: one of us sees the other.
-            if slot.change(mark, Mark::Stays(times.saturating_add(1))) && !self.ends.load(Ordering::SeqCst) {
+            if slot.change(mark, Mark::Stays(times.saturating_add(1)))
+                && (has_stayed || !self.ends.load(Ordering::SeqCst))
+            {
                 return false;
             }
         }
@@ -283,9 +373,13 @@ impl Table {
 
     /// Where a thread that trapped at `at` goes on.
     fn way(&self, at: ProcAddr, thread: &HeldThread) -> Option<ProcAddr> {
-        let trap = self.traps.binary_search_by_key(&at, |t| t.at).ok().and_then(|i| self.traps.get(i))?;
+        let Called { trap, called } =
+            self.traps.binary_search_by_key(&at, |t| t.trap.at).ok().and_then(|i| self.traps.get(i))?;
         self.trapped.fetch_add(1, Ordering::Relaxed);
-        if self.judge(thread) {
+        let mut thread = *thread;
+        // A call stands at its first instruction, which follows an endbr64 that belongs to no body's middle.
+        thread.registers.pc = *called;
+        if self.judge(&thread) {
             return Some(trap.to);
         }
         self.stayed.fetch_add(1, Ordering::Relaxed);
@@ -327,6 +421,11 @@ fn own_thread(table: &Table, registers: Registers) -> HeldThread {
     HeldThread { tid: procfs::own_tid(), is_main, registers: Registers { fs_base: ProcAddr(fs), ..registers } }
 }
 
+/// Before fork(2), in the thread that calls it.
+extern "C" fn before_fork() {
+    FORKING.set(procfs::own_tid().0);
+}
+
 /// In a child of fork(2), before it returns there: a switch that was on its way in the parent comes to its end, by the one thread that there is.
 extern "C" fn in_child() {
     INSIDE.store(0, Ordering::SeqCst);
@@ -344,9 +443,17 @@ extern "C" fn in_child() {
     }
     let pc = ProcAddr(in_child as *const () as u64);
     let thread = own_thread(table, Registers { general, pc, fs_base: ProcAddr(0) });
-    let clear = table.ends.load(Ordering::SeqCst) || table.armed.load(Ordering::SeqCst) && table.is_clear(&thread);
-    if sys::write_code_of_child(table.traps.iter().map(|t| (t.at, if clear { t.after } else { t.before }))) {
+    // What the thread was in the parent, it is in the child: it may have frames in the other code already, and a stale word of this one.
+    let before = table.marks.get(Tid(FORKING.get()));
+    let born_clear = before == Mark::Unknown && table.ends.load(Ordering::SeqCst);
+    let armed = table.armed.load(Ordering::SeqCst);
+    let clear = armed && (before == Mark::Clear || born_clear || table.is_clear(&thread));
+    let bytes = table.traps.iter().map(|t| (t.trap.at, if clear { t.trap.after } else { t.trap.before }));
+    if sys::write_code_of_child(bytes) {
         ACTIVE.store(std::ptr::null_mut(), Ordering::SeqCst);
+    } else if let (true, Some(slot)) = (clear, table.marks.slot(thread.tid)) {
+        // It goes by the traps.
+        slot.change(slot.get(), Mark::Clear);
     }
 }
 
@@ -354,6 +461,19 @@ extern "C" fn in_child() {
 fn errno() -> *mut c_int {
     // SAFETY: it takes nothing and cannot fail.
     unsafe { libc::__errno_location() }
+}
+
+/// Whether a trap of ours was at `at` when this thread came there, and is no more: the instruction that stands there now is to be executed.
+fn is_gone(at: ProcAddr) -> bool {
+    /// `int 3` in two bytes, which a program may have of its own.
+    const LONG: [u8; 2] = [0xcd, 0x03];
+    let mut there = [0; 2];
+    if sys::read_own(ProcAddr(at.0.wrapping_sub(1)), &mut there) {
+        return there[1] != INT3 && there != LONG;
+    }
+    // At the first byte of a mapping.
+    // SAFETY: an instruction has just been executed there.
+    unsafe { (at.0 as *const u8).read_volatile() != INT3 }
 }
 
 extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
@@ -374,10 +494,7 @@ extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
         }
         INSIDE.fetch_sub(1, Ordering::SeqCst);
         if to.is_none() {
-            // SAFETY: an instruction has just been executed there.
-            let there = unsafe { (at.0 as *const u8).read_volatile() };
-            // The trap was there when this thread came, and is gone: the instruction that stands there now is executed.
-            to = (there != INT3).then_some(at);
+            to = is_gone(at).then_some(at);
         }
     }
     // SAFETY: as above.
@@ -385,6 +502,11 @@ extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
     match to {
         Some(to) => uc.uc_mcontext.gregs[libc::REG_RIP as usize] = to.0.cast_signed(),
         None => {
+            // The program's handler may do what it likes: it gets the mask that it would have. Only the look waits, for a signal stack has room
+            // for few frames.
+            // SAFETY: the kernel's set is the first eight bytes of the C library's.
+            let mask = unsafe { (&raw const uc.uc_sigmask).cast::<u64>().read() };
+            sys::set_mask(mask | 1 << (LOOK.load(Ordering::SeqCst) - 1));
             let pass_on = PASS_ON.load(Ordering::SeqCst);
             if pass_on != 0 {
                 // SAFETY: only `install` writes it, a `PassOn`; it gets what the kernel gave us.
@@ -429,7 +551,7 @@ fn look(table: &Table, thread: &HeldThread) {
         COPY.state.store(CLEAR, Ordering::SeqCst);
         return;
     }
-    let extent = table.stacks.home(thread).filter(|e| e.len_bytes() <= COPY_BYTES as u64);
+    let extent = table.extent(thread).filter(|e| e.len_bytes() <= COPY_BYTES as u64);
     // SAFETY: 3: the state is busy, so only this handler touches it.
     let copy = unsafe { &mut *COPY.what.get() };
     let len = extent.map_or(0, |e| usize::try_from(e.len_bytes()).unwrap_or(0));

@@ -159,6 +159,12 @@ impl PtraceProcess {
         others
     }
 
+    /// Whether that is another process, not ended, that shares this memory or may.
+    #[must_use]
+    pub fn may_share(&self, other: Pid) -> bool {
+        other != self.pid && sys::share_memory(self.pid.0, other.0) != Some(false) && !procfs::has_ended(other)
+    }
+
     /// An error of the operating system about this process, told by what it means.
     fn os_error(&self, what: &'static str, source: io::Error) -> ProcessError {
         if !self.is_alive() {

@@ -121,6 +121,13 @@ pub fn thread_exists(pid: Pid, tid: Tid) -> bool {
         .is_ok_and(|f| !matches!(f.first().map(String::as_str), Some("Z" | "X")))
 }
 
+/// Whether a thread has ended and is still listed, as a process's first thread is until the last one ends.
+#[must_use]
+pub fn is_zombie(pid: Pid, tid: Tid) -> bool {
+    stat_fields(&format!("/proc/{pid}/task/{tid}/stat"))
+        .is_ok_and(|f| matches!(f.first().map(String::as_str), Some("Z" | "X")))
+}
+
 /// The signals that a thread blocks (`SigBlk`), signal 1 in the lowest bit; `None` if it has ended.
 #[must_use]
 pub fn blocked_signals(pid: Pid, tid: Tid) -> Option<u64> {
@@ -151,6 +158,26 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Tid>> {
         }
     }
     Ok(out)
+}
+
+/// The threads of a process, none left out that was there all the time; `None` if that can't be told of this try.
+///
+/// The kernel goes from one thread to the next, and stops early where one ends just then. What was listed last tells: `is_there` says
+/// whether it still is.
+pub fn all_threads(pid: Pid, is_there: &dyn Fn(Tid) -> bool) -> io::Result<Option<Vec<Tid>>> {
+    const ENTRY_BYTES: usize = 32;
+    let folder = task_folder(pid)?;
+    let room = thread_count(&folder)? * 2 + 64;
+    let mut buffer = Vec::with_capacity(room * ENTRY_BYTES);
+    let mut dir = rustix::fs::RawDir::new(&folder, buffer.spare_capacity_mut());
+    let (mut out, mut calls) = (Vec::new(), 0);
+    while let Some(entry) = dir.next() {
+        if let Some(tid) = entry?.file_name().to_str().ok().and_then(|n| n.parse().ok()) {
+            out.push(Tid(tid));
+        }
+        calls += u32::from(dir.is_buffer_empty());
+    }
+    Ok((calls == 1 && out.last().is_some_and(|last| is_there(*last))).then_some(out))
 }
 
 /// The folder that lists the threads of a process.
@@ -296,6 +323,8 @@ mod tests {
         let pid = Pid(std::process::id().cast_signed());
         assert!(start_time(pid).unwrap() > 0);
         assert!(!threads(pid).unwrap().is_empty());
+        assert!(all_threads(pid, &|_| true).unwrap().unwrap().contains(&own_tid()));
+        assert!(all_threads(pid, &|_| false).unwrap().is_none());
         assert!(thread_count(&task_folder(pid).unwrap()).unwrap() >= 1);
         assert!(!is_io_worker(pid, Tid(pid.0)));
         assert!(!has_ended(pid) && !is_kernel_thread(pid));
