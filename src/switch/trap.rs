@@ -199,10 +199,11 @@ pub fn is_installed(look: c_int) -> bool {
     })
 }
 
-/// Where the handlers return to. Byte for byte what debuggers and unwinders know a signal frame by.
+/// Where the handlers return to. Byte for byte what debuggers and unwinders know a signal frame by. The last instruction is never reached: with it
+/// the end of that code is an address in this function, where a patch of the program can tell what it belongs to.
 #[unsafe(naked)]
 unsafe extern "C" fn restore() {
-    core::arch::naked_asm!("mov rax, 15", "syscall");
+    core::arch::naked_asm!("mov rax, 15", "syscall", "ud2");
 }
 
 /// The code that a handler of ours returns to. A word of a stack that leads there means that a thread is in a handler, and perhaps has judged

@@ -1,5 +1,6 @@
 //! The command line.
 
+use super::agent::AgentConfig;
 use clap::{Parser, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -45,6 +46,10 @@ pub struct Config {
     /// Most symbols
     #[arg(long, default_value_t = 10_000)]
     pub max_symbols: usize,
+
+    /// The agent, if there is to be one
+    #[command(flatten)]
+    pub agent: AgentConfig,
 }
 
 /// When an order is acknowledged.

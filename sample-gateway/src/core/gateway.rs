@@ -30,6 +30,8 @@ pub enum StartError {
     Io(&'static str, std::io::Error),
     /// The disk failed while the gateway ran.
     JournalFailed,
+    /// The agent.
+    Agent(livepatch::agent::StartError),
 }
 
 impl std::fmt::Display for StartError {
@@ -40,6 +42,7 @@ impl std::fmt::Display for StartError {
             }
             Self::Store(error) => error.fmt(f),
             Self::Io(what, error) => write!(f, "{what}: {error}"),
+            Self::Agent(error) => write!(f, "--agent: {error}"),
             Self::JournalFailed => f.write_str("the order journal failed; nothing more was acknowledged"),
         }
     }
@@ -50,6 +53,7 @@ impl std::error::Error for StartError {
         match self {
             Self::Store(error) => Some(error),
             Self::Io(_, error) => Some(error),
+            Self::Agent(error) => Some(error),
             Self::CompId(_) | Self::JournalFailed => None,
         }
     }
@@ -66,6 +70,7 @@ impl From<StoreError> for StartError {
 /// # Errors
 /// [`StartError`], with what could not be had.
 pub fn run(config: Config, business: Box<dyn Business>) -> Result<(), StartError> {
+    let agent = config.agent.start().map_err(StartError::Agent)?;
     let us = CompId::new(config.comp_id.as_bytes()).ok_or_else(|| StartError::CompId(config.comp_id.clone()))?;
     raise_open_files();
     let mut store = Store::open(&config.data)?;
@@ -86,6 +91,7 @@ pub fn run(config: Config, business: Box<dyn Business>) -> Result<(), StartError
     let linger = if config.acknowledge == Acknowledge::Received { LINGER } else { Duration::ZERO };
     let shared = Arc::new(Shared {
         business,
+        agent,
         limits: RiskLimits::default(),
         fees: FeeSchedule::default(),
         books,
@@ -105,7 +111,7 @@ pub fn run(config: Config, business: Box<dyn Business>) -> Result<(), StartError
     println!("listening {address}");
     if let Some(metrics) = metrics_listener {
         println!("metrics {}", metrics.local_addr().map_err(io("metrics socket"))?);
-        let shared = Arc::clone(&shared);
+        let shared = Arc::downgrade(&shared);
         spawn("metrics", move || http::serve(&metrics, &shared))?;
     }
     watch_signals(&shared)?;
@@ -162,10 +168,12 @@ fn persist(shared: &Shared, store: &mut Store, linger: Duration) -> bool {
 fn watch_signals(shared: &Arc<Shared>) -> Result<(), StartError> {
     let wanted = [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT];
     let mut signals = signal_hook::iterator::Signals::new(wanted).map_err(io("signal handler"))?;
-    let shared = Arc::clone(shared);
+    let shared = Arc::downgrade(shared);
     spawn("signals", move || {
         for _ in signals.forever() {
-            shared.stop();
+            if let Some(shared) = shared.upgrade() {
+                shared.stop();
+            }
         }
     })?;
     Ok(())

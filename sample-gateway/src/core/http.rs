@@ -1,21 +1,25 @@
 //! The metrics port: HTTP/1.1, one request per connection, `GET /metrics` only.
 
 use super::shared::Shared;
+use livepatch::Agent;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::Weak;
 use std::time::Duration;
 
 /// A client that is slower than this is cut off: one thread serves them all.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LONGEST_REQUEST: usize = 8 * 1024;
 
-/// Serves until the process ends.
-pub fn serve(listener: &TcpListener, shared: &Arc<Shared>) {
+/// Serves until the gateway stops.
+pub fn serve(listener: &TcpListener, shared: &Weak<Shared>) {
     for stream in listener.incoming() {
         match stream {
-            // A scraper that goes away is no concern of the gateway's.
-            Ok(stream) => drop(answer(stream, shared)),
+            Ok(stream) => {
+                let Some(shared) = shared.upgrade() else { return };
+                // A scraper that goes away is no concern of the gateway's.
+                drop(answer(stream, &shared));
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
     }
@@ -34,7 +38,9 @@ fn answer(mut stream: TcpStream, shared: &Shared) -> std::io::Result<()> {
         request.extend_from_slice(&chunk[..n]);
     }
     let (status, body) = if request.starts_with(b"GET /metrics ") {
-        ("200 OK", shared.metrics.text(shared.books.resting()))
+        let mut text = shared.metrics.text(shared.books.resting());
+        text.push_str(&shared.agent.as_ref().map(Agent::metrics).unwrap_or_default());
+        ("200 OK", text)
     } else {
         ("404 Not Found", "only /metrics is here\n".to_owned())
     };

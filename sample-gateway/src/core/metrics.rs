@@ -80,6 +80,14 @@ impl ThreadMetrics {
         self.sessions.fetch_add(change, Ordering::Relaxed);
     }
 
+    /// What this thread did not do as it was asked: orders and messages that were refused, and panics.
+    pub fn failures(&self) -> u64 {
+        [Counter::Rejected, Counter::MessageRejects, Counter::Panics]
+            .map(|c| load(&self.counters[c as usize]))
+            .iter()
+            .sum()
+    }
+
     /// Notes that `orders` orders were answered this long after they had been read.
     pub fn latency(&self, took: Duration, orders: u64) {
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);

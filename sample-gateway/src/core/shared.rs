@@ -6,6 +6,7 @@ use super::metrics::Metrics;
 use super::record::Record;
 use crate::state::Books;
 use gateway_interface::{Business, CompId, Execution, FeeSchedule, RiskLimits, SessionId};
+use livepatch::Agent;
 use mio::net::TcpStream;
 use mio::Waker;
 use parking_lot::Mutex;
@@ -100,6 +101,8 @@ pub struct Shared {
     pub config: Config,
     /// The layer that is patched.
     pub business: Box<dyn Business>,
+    /// By which this process is patched from inside.
+    pub agent: Option<Agent>,
     /// Handed to it.
     pub limits: RiskLimits,
     /// Handed to it.

@@ -10,6 +10,7 @@ use gateway_interface::CompId;
 use mio::net::TcpStream;
 use mio::{Interest, Token};
 use std::io::ErrorKind;
+use std::time::Instant;
 
 /// After that many full buffers it is another connection's turn.
 const READS_PER_TURN: usize = 4;
@@ -211,7 +212,7 @@ impl Worker {
         match step {
             Some(Step::Done) => Next::Continue,
             Some(Step::Application) => {
-                self.application(slot, message);
+                self.observed(|worker| worker.application(slot, message));
                 Next::Continue
             }
             Some(Step::Unsupported) => {
@@ -223,6 +224,18 @@ impl Worker {
                 Next::Stop
             }
             None => Next::Stop,
+        }
+    }
+
+    /// Tells the agent how the handling of a message went.
+    fn observed(&mut self, handle: impl FnOnce(&mut Self)) {
+        if self.shared.agent.is_none() {
+            return handle(self);
+        }
+        let (failures, began) = (self.metrics().failures(), Instant::now());
+        handle(self);
+        if let Some(agent) = &self.shared.agent {
+            agent.observe(self.metrics().failures() > failures, began.elapsed());
         }
     }
 
