@@ -1,7 +1,7 @@
 //! A program that patches itself: it loads a library, lets it start threads of its own, and applies patches of that library while they run.
 //!
 //! ```text
-//! inside LIBRARY.so [SOCKET]         then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
+//! inside LIBRARY.so [SOCKET [KEYS]]  then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
 //! ```
 //!
 //! The library has `void start(void)` and `const char *ask(const char *question)`.
@@ -68,6 +68,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut builder = Agent::builder().arena(64 << 20);
     if let Some(socket) = std::env::args().nth(2) {
         builder = builder.socket(socket);
+    }
+    if let Some(keys) = std::env::args().nth(3) {
+        builder = builder.keys(keys);
     }
     let agent = builder.start()?;
     start();
