@@ -1,8 +1,10 @@
 //! A program that patches itself: it loads a library, lets it start threads of its own, and applies patches of that library while they run.
 //!
 //! ```text
-//! inside LIBRARY.so [SOCKET]         then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | quit
+//! inside LIBRARY.so [SOCKET [KEYS]]  then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | own | quit
 //! ```
+//!
+//! `own` asks the program itself: what is patched need not be a library.
 //!
 //! The library has `void start(void *(*enter)(unsigned long id), void (*leave)(void *))`, which gets what begins and ends the handling of a
 //! session's message, and `const char *ask(const char *question)`.
@@ -19,6 +21,14 @@ use livepatch::Agent;
 
 #[global_allocator]
 static HEAP: Heap = Heap::new();
+
+/// What a patch of this executable replaces.
+// SAFETY: no other function has this name.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn own_version(of: i32) -> i32 {
+    std::hint::black_box(of) * 3 - 2
+}
 
 /// Applies and reverts so often; the figures of all, in JSON.
 fn flip(
@@ -73,6 +83,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(socket) = std::env::args().nth(2) {
         builder = builder.socket(socket);
     }
+    if let Some(keys) = std::env::args().nth(3) {
+        builder = builder.keys(keys);
+    }
     let agent = builder.start()?;
     start(session::livepatch_session_enter, session::livepatch_session_leave);
     println!("ready");
@@ -88,6 +101,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 continue;
             }
             "revert" => agent.revert(&options),
+            "own" => {
+                println!("{}", own_version(std::hint::black_box(1)));
+                continue;
+            }
             "metrics" => {
                 println!("{}", agent.metrics());
                 continue;

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod fixture;
+pub mod inside;
 pub mod program;
 
 use std::io::Read;
