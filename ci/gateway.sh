@@ -1,4 +1,4 @@
-# The sample gateway in its versions, running: sourced by demo, panic and cycles after lib.sh. Set WORK before.
+# The sample gateway in its versions, running: sourced by demo, breaker, panic and cycles after lib.sh. Set WORK before.
 SESSIONS=${SESSIONS:-500} RATE=${RATE:-5000} WORKERS=${WORKERS:-2}
 GATEWAY_PID= LOAD_PID=
 [ -n "${GATEWAY_ARGS+set}" ] || GATEWAY_ARGS=()
@@ -15,6 +15,8 @@ gateway_versions() {
 # gateway_start VERSION: sets GATEWAY_PID and PORT.
 gateway_start() {
   rm -rf "$WORK/data" && mkdir -p "$WORK/data"
+  # The file is looked into before the gateway may have been started.
+  : >"$WORK/gateway.out"
   "$TARGET/gateway/$1/sample-gateway" --port 0 --data "$WORK/data" --workers "$WORKERS" "${GATEWAY_ARGS[@]}" >"$WORK/gateway.out" 2>"$WORK/gateway.err" &
   GATEWAY_PID=$!
   local i
@@ -25,6 +27,15 @@ gateway_start() {
     sleep 0.1
   done
   die "the gateway does not start: $(tail -n 1 "$WORK/gateway.err")"
+}
+
+# gateway_stop: in order, as SIGTERM asks for.
+gateway_stop() {
+  local code=0
+  kill "$GATEWAY_PID"
+  wait "$GATEWAY_PID" || code=$?
+  GATEWAY_PID=
+  return $code
 }
 
 # load_start SECONDS NAME: in the background; its report goes to $WORK/NAME.json.
@@ -43,7 +54,10 @@ gateway_alive() { kill -0 "$GATEWAY_PID" 2>/dev/null; }
 json() { python3 -c 'import functools,json,sys; d=json.load(open(sys.argv[1])); print(functools.reduce(lambda d,k: d[k], sys.argv[2].split("."), d))' "$@"; }
 functions_in() { python3 -c 'import json,sys; print(len(json.load(open(sys.argv[1]))["functions"]))' "$1"; }
 
+# A socket's path is short.
+SOCKETS=$(mktemp -d)
 cleanup() {
+  rm -rf "$SOCKETS"
   [ -z "$LOAD_PID" ] || kill "$LOAD_PID" 2>/dev/null || true
   [ -z "$GATEWAY_PID" ] || kill "$GATEWAY_PID" 2>/dev/null || true
 }

@@ -13,7 +13,7 @@ use super::peer::Peer;
 use super::sealed::SealedPatch;
 use super::wire::{Answer, Failure, FailureKind, Given, Info, Request};
 use crate::patch::PatchFile;
-use crate::patcher::{Confirmed, Error, Options, Patcher, ProcessStatus, Report};
+use crate::patcher::{Confirmed, Error, Options, PatchStatus, Patcher, ProcessStatus, Report};
 use crate::registry::State;
 use crate::signature::{Keys, Signed};
 use crate::stack::WatchList;
@@ -27,6 +27,10 @@ pub struct Engine {
     bounds: Bounds,
     shared: Arc<Shared>,
     log: Log,
+    /// The patch that is observed: its digest, and when it was applied.
+    observing: Option<(String, u64)>,
+    /// It broke a bound, which was told, and is still to be reverted.
+    tripped: bool,
 }
 
 /// What other threads of the program need of the engine.
@@ -74,7 +78,7 @@ pub enum By {
 
 impl Engine {
     pub fn new(switcher: Switcher, keys: Option<Keys>, bounds: Bounds, shared: Arc<Shared>, log: Log) -> Self {
-        Self { switcher, keys, bounds, shared, log }
+        Self { switcher, keys, bounds, shared, log, observing: None, tripped: false }
     }
 
     /// Answers a request.
@@ -147,8 +151,10 @@ impl Engine {
             self.log.write(by, &Event::of("apply", Some(&patch.manifest.name), done.as_ref().map(drop)));
             self.log.count(&done);
         }
-        self.shared.observed.reset();
-        self.renew();
+        // What failed or was there already changes nothing for the patch that is being observed.
+        if done.as_ref().is_ok_and(|report| !report.already) {
+            self.begin_observing();
+        }
         done
     }
 
@@ -165,8 +171,9 @@ impl Engine {
                 self.log.write(by, &Event::of("revert", patch.as_deref().or(name), done.as_ref().map(drop)));
                 self.log.count(&done);
             }
-            self.renew();
             out.push(done?);
+            // A patch below it is not to answer for it.
+            self.begin_observing();
             if !all {
                 break;
             }
@@ -180,6 +187,14 @@ impl Engine {
         self.log.write(by, &Event::of("confirm", Some(name), done.as_ref().map(drop)));
         self.renew();
         done
+    }
+
+    /// The newest patch is another.
+    fn begin_observing(&mut self) {
+        self.shared.observed.reset();
+        self.tripped = false;
+        self.observing = status().ok().as_ref().and_then(newest).map(identity);
+        self.renew();
     }
 
     /// What applied patches there are that may still have to go.
@@ -196,7 +211,11 @@ impl Engine {
         const IDLE: Duration = Duration::from_secs(1);
         let Ok(status) = status() else { return IDLE };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let newest = status.patches.iter().rfind(|p| p.state == State::Applied);
+        let newest = newest(&status);
+        // Commands that go in from outside tell nobody.
+        if newest.map(identity) != self.observing {
+            self.begin_observing();
+        }
         let Some(newest) = newest else { return IDLE };
         if matches!(newest.confirmation, Some(Confirmed::Permanent)) {
             return IDLE;
@@ -212,14 +231,18 @@ impl Engine {
             self.shared.observed.broken(&self.bounds).or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
         let Some(why) = why else { return SOON };
         let name = newest.patch.clone();
-        self.log.write(By::Breaker, &Event::breaks(&name, &why));
-        self.log.tripped();
-        match self.revert(Some(&name), false, &Options::default(), By::Breaker) {
-            Ok(_) => self.shared.observed.reset(),
-            // It is tried again: a thread leaves what it is in, or another command ends.
-            Err(e) => self.log.say(&format!("patch {name} could not be reverted yet: {e}")),
+        if !std::mem::replace(&mut self.tripped, true) {
+            self.log.write(By::Breaker, &Event::breaks(&name, &why));
+            self.log.tripped();
         }
-        SOON
+        match self.revert(Some(&name), false, &Options::default(), By::Breaker) {
+            Ok(_) => SOON,
+            // It is tried again: a thread leaves what it is in, or another command ends.
+            Err(e) => {
+                self.log.say(&format!("patch {name} could not be reverted yet: {e}"));
+                IDLE
+            }
+        }
     }
 
     /// Figures for Prometheus.
@@ -230,6 +253,15 @@ impl Engine {
 
 fn status() -> Result<ProcessStatus, Error> {
     Patcher::open_own().and_then(|p| p.status())
+}
+
+/// The newest patch that is applied.
+fn newest(status: &ProcessStatus) -> Option<&PatchStatus> {
+    status.patches.iter().rfind(|p| p.state == State::Applied)
+}
+
+fn identity(patch: &PatchStatus) -> (String, u64) {
+    (patch.digest.clone(), patch.applied_at)
 }
 
 fn own_pid() -> i32 {

@@ -141,7 +141,7 @@ impl Log {
         let failures: Vec<_> = self.failures.iter().map(|(k, n)| (format!("{{reason=\"{k}\"}}"), *n as f64)).collect();
         metric("failures_total", "counter", "Applies and reverts that were refused or failed.", &failures);
         metric("breaker_trips_total", "counter", "Bounds that a patch did not keep.", &one(self.trips));
-        metric("panics", "gauge", "Panics in patched code since the last apply.", &one(observed.panics()));
+        metric("panics", "gauge", "Panics in patched code since the last apply or revert.", &one(observed.panics()));
         metric("trapped_calls_total", "counter", "Calls that trapped during switches.", &one(self.trapped));
         let seconds = [(String::new(), self.trapping_us / 1e6)];
         metric("transition_seconds", "gauge", "How long traps stood in the last switch.", &seconds);

@@ -126,15 +126,16 @@ impl Patcher {
         let switched = switcher.run(staged.process(), plan, Instant::now() + options.timeout, &cfi);
         match switched {
             Ok(times) => {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 let confirmation = options.confirm_within.map_or_else(Confirmation::default, |within| Confirmation {
                     confirmed: false,
-                    by_s: now + within.as_secs().max(1),
+                    // Whoever confirms it has all the time that was promised.
+                    by_s: (now + within).as_millis().div_ceil(1_000).try_into().unwrap_or(u64::MAX),
                     watcher: std::process::id(),
                 });
                 let sequence = inspected.sequence;
                 let share = options.canary.as_ref().map_or_else(Share::default, |c| Share::of(c.share));
-                let stamp = Stamp { sequence, applied_at_s: now, confirmation, share };
+                let stamp = Stamp { sequence, applied_at_s: now.as_secs(), confirmation, share };
                 let (region, canary) = (staged.region(), staged.payload().canary.clone());
                 report.entries = staged.switched(stamp)?.entries;
                 if let Some(canary) = canary {
