@@ -9,6 +9,7 @@ use crate::state::{Session, Step};
 use gateway_interface::CompId;
 use mio::net::TcpStream;
 use mio::{Interest, Token};
+use std::hash::{Hash, Hasher};
 use std::io::ErrorKind;
 use std::time::Instant;
 
@@ -212,7 +213,7 @@ impl Worker {
         match step {
             Some(Step::Done) => Next::Continue,
             Some(Step::Application) => {
-                self.observed(|worker| worker.application(slot, message));
+                self.observed(slot, |worker| worker.application(slot, message));
                 Next::Continue
             }
             Some(Step::Unsupported) => {
@@ -227,11 +228,14 @@ impl Worker {
         }
     }
 
-    /// Tells the agent how the handling of a message went.
-    fn observed(&mut self, handle: impl FnOnce(&mut Self)) {
+    /// Tells the agent whose message is handled, and how that went.
+    fn observed(&mut self, slot: usize, handle: impl FnOnce(&mut Self)) {
         if self.shared.agent.is_none() {
             return handle(self);
         }
+        // By its name, so that a counterparty that connects again stays in its arm of a canary.
+        let name = self.home(slot).map(|home| home.session.comp);
+        let _scope = name.map(|comp| livepatch::session::enter(key(comp)));
         let (failures, began) = (self.metrics().failures(), Instant::now());
         handle(self);
         if let Some(agent) = &self.shared.agent {
@@ -293,4 +297,11 @@ impl Worker {
         let _ = self.poll.registry().deregister(connection.stream());
         self.free.push(index);
     }
+}
+
+/// A number for a counterparty, the same in every run.
+fn key(comp: CompId) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    comp.as_bytes().hash(&mut hasher);
+    hasher.finish()
 }
