@@ -24,7 +24,8 @@ pub struct Image {
     pub eh_frame: Option<(ImageAddr, u64)>,
 }
 
-/// Every image that begins in one of `maps`. What cannot be read or is no ELF image is left out.
+/// Every image that begins in one of `maps`. What cannot be read or is no ELF image is left out, and so is a file that somebody only reads, as
+/// symbolizers do with the executable for a backtrace.
 pub fn find_images<M: ReadMemory + ?Sized>(memory: &M, maps: &[Mapping]) -> Vec<Image> {
     let candidates: Vec<&Mapping> = maps
         .iter()
@@ -64,6 +65,12 @@ impl Image {
         let bias = LoadBias::between(page, mapping.range.start);
         let range = ProcRange::new(mapping.range.start, last.offset_from(page)?)?;
         let mut image = Self { bias, range, head, build_id: None, name: mapping.name.clone(), eh_frame: None };
+        // Such a file is one mapping, code and all, and none of it is executable.
+        let code = image.head.of_kind(elf::PT_LOAD).find(|s| s.flags & elf::PF_X != 0);
+        let place = code.and_then(|s| image.to_process(s.at, 1));
+        if !mapping.execute && place.is_some_and(|at| mapping.range.contains(at)) {
+            return None;
+        }
         let notes: Vec<_> = image.head.of_kind(elf::PT_NOTE).copied().collect();
         image.build_id = notes.iter().find_map(|s| {
             let at = image.to_process(s.at, s.len_bytes)?;
@@ -231,6 +238,39 @@ mod tests {
         assert!(images.iter().any(|i| i.name == "[vdso]"));
         let own = our_address();
         assert!(images.iter().any(|i| i.range.contains(own) && i.has_interpreter()));
+    }
+
+    /// A file's bytes at an address.
+    struct File(Vec<u8>, ProcAddr);
+
+    impl ReadMemory for File {
+        fn read_exact(&self, at: ProcAddr, buf: &mut [u8]) -> Result<(), Unreadable> {
+            let bad = Unreadable { at, len_bytes: buf.len() as u64 };
+            let from = usize::try_from(at.0.wrapping_sub(self.1 .0)).map_err(|_| bad)?;
+            let there = self.0.get(from..).and_then(|b| b.get(..buf.len())).ok_or(bad)?;
+            buf.copy_from_slice(there);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_read_is_no_image() {
+        let bytes = std::fs::read("/proc/self/exe").unwrap();
+        let start = ProcAddr(0x7000_0000_0000);
+        let end = ProcAddr(start.0 + (bytes.len() as u64).next_multiple_of(crate::maps::PAGE));
+        let mapping = |execute| Mapping {
+            range: ProcRange::new(start, end.0 - start.0).unwrap(),
+            read: true,
+            write: false,
+            execute,
+            shared: false,
+            offset: 0,
+            inode: 1,
+            name: "program".into(),
+        };
+        let memory = File(bytes, start);
+        assert_eq!(find_images(&memory, &[mapping(false)]).len(), 0);
+        assert_eq!(find_images(&memory, &[mapping(true)]).len(), 1, "code that lies in one mapping with its header");
     }
 
     fn our_address() -> ProcAddr {

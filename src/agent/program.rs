@@ -180,16 +180,16 @@ fn watch(engine: &Mutex<Engine>, shared: &Shared) {
     }
 }
 
-/// Counts panics that have patched code on their stack, after the hook that is there.
+/// Counts panics that have patched code on their stack, before the hook that is there: that one may take seconds to print where they came from.
 fn count_panics(shared: Arc<Shared>) {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        before(info);
         let patched = shared.patched.lock().as_ref().is_some_and(switch::is_on_own_stack);
         if patched {
             shared.observed.panic();
             shared.wake();
         }
+        before(info);
     }));
 }
 
