@@ -12,7 +12,7 @@ use crate::process::ptrace::procfs;
 use crate::process::{HeldThread, IdleCheck, Pid, Process, ProcessError};
 use crate::registry::{self, Confirmation, Share, State};
 use crate::stack::{Cfi, Part, Watched};
-use crate::switch::{Inside, Plan, SwitchError, SwitchTimes, Switcher};
+use crate::switch::{self, Inside, Plan, SwitchError, SwitchTimes, Switcher};
 use crate::transaction::{Applied, Stamp};
 
 /// The thread that asks is the one that calls: nobody is borrowed.
@@ -41,6 +41,8 @@ impl Patcher {
         if !std::fs::read_link("/proc/self").is_ok_and(|name| name.as_os_str() == id.to_string().as_str()) {
             return Err(outside("/proc is missing, or that of another PID namespace"));
         }
+        // Without that, nothing of it can be read, and it would look like no program at all.
+        switch::can_look().map_err(|what| outside(format!("this process may not {what}")))?;
         let mut own = match Self::open(Pid(id.cast_signed())) {
             Err(Error::Process(ProcessError::Permission { .. })) => {
                 return Err(outside("it may not read its own /proc files (PR_SET_DUMPABLE, or a change of user)"))

@@ -25,6 +25,7 @@ mod marks;
 mod sys;
 mod trap;
 
+pub use sys::can_look;
 pub use trap::PassOn;
 
 use look::Looker;
@@ -201,7 +202,6 @@ impl Switcher {
         if !trap::is_installed(self.look) {
             return Err(SwitchError::Taken);
         }
-        self.check_masks(process)?;
         sys::can_look().map_err(|what| SwitchError::Forbidden { what })?;
         let turned = plan.turned();
         // Both before anything is done, so that nothing of what can fail is needed to go back.
@@ -216,6 +216,8 @@ impl Switcher {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        // Last, for a mask may be any thread's next system call.
+        self.check_masks(process)?;
         // Calls trap until this thread has looked at all others: it should not have to wait for a CPU, where that is allowed.
         let _priority = Priority::raise();
         trap::publish(&to);
