@@ -277,6 +277,52 @@ fn a_process_that_may_not_be_dumped() {
 }
 
 #[test]
+fn a_filter_of_system_calls_that_comes_later() {
+    let mut inside = Inside::start("confined");
+    inside.ask("call");
+    inside.cycles(1);
+    inside.ask("confine");
+    for version in [2, 1] {
+        let ran = if version == 2 { inside.apply(&[]) } else { inside.revert(&[]) };
+        ran.expect_code(0).unwrap().expect_says(&["asks for the hold from outside", "process_vm_readv"]).unwrap();
+        assert_eq!(inside.figure("version"), version);
+    }
+    inside.finish();
+}
+
+#[test]
+fn an_ordinary_users_program() {
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    let (old, fix) = built("nobody", &root().join("tests/switch/work.c"), &[]);
+    let folder = std::env::temp_dir().join(format!("livepatch-nobody-switch-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for (from, to) in [(example("inside"), "inside"), (old, "work.so")] {
+        std::fs::copy(from, folder.join(to)).unwrap();
+    }
+    let mut command = Command::new(folder.join("inside"));
+    if run(Command::new("id").arg("-u")).stdout.trim() == "0" {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    let mut inside = Inside::start_with("nobody", &folder.join("work.so"), &fix, command);
+    for kind in ["call", "sleeps", "births", "forks"] {
+        inside.ask(kind);
+    }
+    inside.cycles(6);
+    inside.finish();
+    // Its own files in /proc are root's then.
+    inside.ask("not dumpable");
+    let ran = inside.apply(&[]);
+    if run(Command::new("id").arg("-u")).stdout.trim() == "0" {
+        ran.expect_code(0).unwrap().expect_says(&["asks for the hold from outside"]).unwrap();
+    } else {
+        ran.expect_code(6).unwrap();
+    }
+    drop(inside);
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
 fn a_child_of_fork_in_a_switch_can_be_patched_from_outside() {
     let mut inside = Inside::start("child");
     inside.ask("nap");
