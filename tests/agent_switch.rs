@@ -146,8 +146,17 @@ fn a_switch_that_can_not_be_taken_back_is_finished_later() {
     let again = inside.apply(&["--timeout", "300ms"]);
     assert_ne!(again.code, 0, "{}", again.both());
     assert_eq!(inside.figure("mixed"), 0);
-    println!("{}", inside.run("status", &[]).both());
+    inside.run("status", &[]).expect_code(0).unwrap().expect_prints(&["transitioning"]).unwrap();
+    // Nobody goes past the agent meanwhile.
+    inside.apply(&["--hold", "--timeout", "300ms"]).expect_code(3).unwrap().expect_says(&["int3"]).unwrap();
+    inside.run("recover", &[]).expect_code(0).unwrap();
+    assert_eq!(inside.figure("mixed"), 0);
     inside.ask("free");
+    let until = Instant::now() + Duration::from_secs(5);
+    while inside.run("status", &[]).stdout.contains("transitioning") {
+        assert!(Instant::now() < until, "the agent goes on with it by itself");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     inside.cycles(3);
     inside.finish();
 }

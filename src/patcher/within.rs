@@ -1,6 +1,6 @@
 //! Apply and revert from inside the process: no thread is held, each switches for itself.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{replaced, Error, NotQuiescent, Options, Patcher, Report};
 use crate::image::Image;
@@ -193,6 +193,16 @@ impl Patcher {
         let part = Part::Body { branches_to_entry: true };
         let code = applied.iter().flat_map(|r| &r.payload.functions);
         Ok(code.filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part })).collect())
+    }
+
+    /// Goes on with a switch that could not be taken back before.
+    ///
+    /// # Errors
+    ///
+    /// It could not be within `timeout`.
+    pub fn finish_within(&mut self, timeout: Duration, switcher: &mut Switcher) -> Result<(), Error> {
+        let _lock = self.process.lock()?;
+        self.ready(&Options { timeout, ..Options::default() }, switcher)
     }
 
     /// The own process is one that can be switched now: what is left of a switch before is done, and the images are known.
