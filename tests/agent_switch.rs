@@ -146,8 +146,18 @@ fn a_switch_that_can_not_be_taken_back_is_finished_later() {
     let again = inside.apply(&["--timeout", "300ms"]);
     assert_ne!(again.code, 0, "{}", again.both());
     assert_eq!(inside.figure("mixed"), 0);
-    println!("{}", inside.run("status", &[]).both());
+    inside.run("status", &[]).expect_code(0).unwrap().expect_prints(&["transitioning"]).unwrap();
+    // Nobody goes past the agent meanwhile.
+    let held = inside.apply(&["--hold", "--timeout", "300ms"]);
+    assert!(held.code == 3 || held.code == 1, "refused, or the agent is at work: {}", held.both());
+    inside.run("recover", &[]).expect_code(0).unwrap();
+    assert_eq!(inside.figure("mixed"), 0);
     inside.ask("free");
+    let until = Instant::now() + Duration::from_secs(5);
+    while inside.run("status", &[]).stdout.contains("transitioning") {
+        assert!(Instant::now() < until, "the agent goes on with it by itself");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     inside.cycles(3);
     inside.finish();
 }
@@ -274,6 +284,52 @@ fn a_process_that_may_not_be_dumped() {
     inside.ask("not dumpable");
     inside.cycles(2);
     inside.finish();
+}
+
+#[test]
+fn a_filter_of_system_calls_that_comes_later() {
+    let mut inside = Inside::start("confined");
+    inside.ask("call");
+    inside.cycles(1);
+    inside.ask("confine");
+    for version in [2, 1] {
+        let ran = if version == 2 { inside.apply(&[]) } else { inside.revert(&[]) };
+        ran.expect_code(0).unwrap().expect_says(&["asks for the hold from outside", "process_vm_readv"]).unwrap();
+        assert_eq!(inside.figure("version"), version);
+    }
+    inside.finish();
+}
+
+#[test]
+fn an_ordinary_users_program() {
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    let (old, fix) = built("nobody", &root().join("tests/switch/work.c"), &[]);
+    let folder = std::env::temp_dir().join(format!("livepatch-nobody-switch-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for (from, to) in [(example("inside"), "inside"), (old, "work.so")] {
+        std::fs::copy(from, folder.join(to)).unwrap();
+    }
+    let mut command = Command::new(folder.join("inside"));
+    if run(Command::new("id").arg("-u")).stdout.trim() == "0" {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    let mut inside = Inside::start_with("nobody", &folder.join("work.so"), &fix, command);
+    for kind in ["call", "sleeps", "births", "forks"] {
+        inside.ask(kind);
+    }
+    inside.cycles(6);
+    inside.finish();
+    // Its own files in /proc are root's then.
+    inside.ask("not dumpable");
+    let ran = inside.apply(&[]);
+    if run(Command::new("id").arg("-u")).stdout.trim() == "0" {
+        ran.expect_code(0).unwrap().expect_says(&["asks for the hold from outside"]).unwrap();
+    } else {
+        ran.expect_code(6).unwrap();
+    }
+    drop(inside);
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

@@ -86,7 +86,10 @@ impl Engine {
         let by = By::Peer(peer);
         let done = match request {
             Request::Info => return Answer::Info(self.info()),
-            Request::Status => status().map(Answer::Status),
+            Request::Status => {
+                let transitioning = self.switcher.is_unfinished();
+                status().map(|status| Answer::Status(ProcessStatus { transitioning, ..status }))
+            }
             Request::Check(given) => match self.patch_of(&given, patch) {
                 Ok((patch, options)) => Patcher::open_own().and_then(|p| p.check(&patch, &options)).map(Answer::Check),
                 Err(failure) => return Answer::Failed(*failure),
@@ -209,6 +212,15 @@ impl Engine {
     pub fn watch(&mut self) -> Duration {
         const SOON: Duration = Duration::from_millis(20);
         const IDLE: Duration = Duration::from_secs(1);
+        if self.switcher.is_unfinished() {
+            // Calls trap until then.
+            let done = Patcher::open_own().and_then(|mut p| p.finish_within(SOON, &mut self.switcher));
+            if let Err(e) = done {
+                self.log.say(&format!("the switch before is not taken back yet: {e}"));
+                return IDLE;
+            }
+            self.log.say("the switch before is taken back");
+        }
         let Ok(status) = status() else { return IDLE };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let newest = newest(&status);

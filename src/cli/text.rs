@@ -212,6 +212,9 @@ pub fn status(s: &ProcessStatus) -> String {
             let _ = writeln!(out, "    damaged: {damage}");
         }
     }
+    if s.transitioning {
+        let _ = writeln!(out, "  transitioning: a switch is still to be taken back; the agent goes on with it");
+    }
     out
 }
 

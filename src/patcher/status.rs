@@ -99,6 +99,9 @@ pub struct ProcessStatus {
     pub build_id: String,
     /// Its patches, in the order of their apply.
     pub patches: Vec<PatchStatus>,
+    /// Whether traps of its agent stand, for a switch that could neither be done nor taken back yet. Calls are right, and slower.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub transitioning: bool,
 }
 
 impl Patcher {
@@ -182,6 +185,7 @@ impl Patcher {
             }
         });
         Ok(ProcessStatus {
+            transitioning: false,
             pid: pid.0,
             name: procfs::thread_name(pid, crate::process::Tid(pid.0)),
             exe: image.name.clone(),

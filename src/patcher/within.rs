@@ -14,7 +14,7 @@ use crate::process::{HeldThread, IdleCheck, Pid, Process, ProcessError};
 use crate::registry::{self, CanaryRecord, Confirmation, SessionKey, Share, State, SHARES_AT, WHICH_AT};
 use crate::session::{self, Words};
 use crate::stack::{Cfi, Part, Watched};
-use crate::switch::{Inside, Plan, SwitchError, SwitchTimes, Switcher};
+use crate::switch::{self, Inside, Plan, SwitchError, SwitchTimes, Switcher};
 use crate::transaction::{Applied, Stamp};
 
 /// The thread that asks is the one that calls: nobody is borrowed.
@@ -43,6 +43,8 @@ impl Patcher {
         if !std::fs::read_link("/proc/self").is_ok_and(|name| name.as_os_str() == id.to_string().as_str()) {
             return Err(outside("/proc is missing, or that of another PID namespace"));
         }
+        // Without that, nothing of it can be read, and it would look like no program at all.
+        switch::can_look().map_err(|what| outside(format!("this process may not {what}")))?;
         let mut own = match Self::open(Pid(id.cast_signed())) {
             Err(Error::Process(ProcessError::Permission { .. })) => {
                 return Err(outside("it may not read its own /proc files (PR_SET_DUMPABLE, or a change of user)"))
@@ -250,6 +252,16 @@ impl Patcher {
         let part = Part::Body { branches_to_entry: true };
         let code = applied.iter().flat_map(|r| &r.payload.functions);
         Ok(code.filter_map(|f| Some(Watched { name: f.demangled.clone(), range: f.new.range()?, part })).collect())
+    }
+
+    /// Goes on with a switch that could not be taken back before.
+    ///
+    /// # Errors
+    ///
+    /// It could not be within `timeout`.
+    pub fn finish_within(&mut self, timeout: Duration, switcher: &mut Switcher) -> Result<(), Error> {
+        let _lock = self.process.lock()?;
+        self.ready(&Options { timeout, ..Options::default() }, switcher)
     }
 
     /// The own process is one that can be switched now: what is left of a switch before is done, and the images are known.

@@ -125,6 +125,12 @@ impl<'a> Unwinder<'a> {
         next[RSP] = Some(cfa);
         let mut return_to = None;
         for (register, rule) in row.registers() {
+            // A function that saves what no call preserves ends by a jump to a landing pad (`__builtin_eh_return`): the unwinder's own. It
+            // overwrites what its caller's frame is found by, so that frames would be passed over.
+            let of_unwinder = matches!(register.0, 0 | 1) && !found.fde.is_signal_trampoline();
+            if of_unwinder && matches!(rule, RegisterRule::Offset(_)) {
+                return Err(UnwindError::Rules(pc));
+            }
             let value = match rule {
                 RegisterRule::Undefined if *register == RETURN_ADDRESS => return Ok(None),
                 RegisterRule::Undefined => None,

@@ -25,6 +25,7 @@ mod marks;
 mod sys;
 mod trap;
 
+pub use sys::can_look;
 pub use trap::PassOn;
 
 use look::Looker;
@@ -201,7 +202,6 @@ impl Switcher {
         if !trap::is_installed(self.look) {
             return Err(SwitchError::Taken);
         }
-        self.check_masks(process)?;
         sys::can_look().map_err(|what| SwitchError::Forbidden { what })?;
         let turned = plan.turned();
         // Both before anything is done, so that nothing of what can fail is needed to go back.
@@ -216,6 +216,8 @@ impl Switcher {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        // Last, for a mask may be any thread's next system call.
+        self.check_masks(process)?;
         // Calls trap until this thread has looked at all others: it should not have to wait for a CPU, where that is allowed.
         let _priority = Priority::raise();
         trap::publish(&to);
@@ -278,18 +280,19 @@ impl Switcher {
         const TRIES: u32 = 200;
         let wanted = 1u64 << (libc::SIGTRAP - 1) | 1u64 << (self.look - 1);
         let pid = process.pid();
-        let mut tries = 0;
-        loop {
-            let threads = procfs::threads(pid).map_err(|e| ProcessError::from_os(pid, "list the threads", e))?;
-            let blocks = |tid: &Tid| procfs::blocked_signals(pid, *tid).is_some_and(|set| set & wanted != 0);
-            let Some(tid) = threads.into_iter().find(blocks) else { return Ok(()) };
-            tries += 1;
-            if tries == TRIES {
-                return Err(SwitchError::Blocked { tid });
+        let blocks = |tid: &Tid| procfs::blocked_signals(pid, *tid).is_some_and(|set| set & wanted != 0);
+        let threads = procfs::threads(pid).map_err(|e| ProcessError::from_os(pid, "list the threads", e))?;
+        let mut blocking: Vec<Tid> = threads.into_iter().filter(blocks).collect();
+        // The C library blocks all signals for a moment around the birth of a thread. With births all the time there is always one such: only
+        // those count that never leave off.
+        for _ in 0..TRIES {
+            if blocking.is_empty() {
+                return Ok(());
             }
-            // The C library blocks all signals for a moment around the birth of a thread.
             std::thread::sleep(Duration::from_millis(1));
+            blocking.retain(blocks);
         }
+        blocking.first().map_or(Ok(()), |tid| Err(SwitchError::Blocked { tid: *tid }))
     }
 }
 

@@ -116,8 +116,8 @@ pub fn read_own(at: ProcAddr, buf: &mut [u8]) -> bool {
 ///
 /// What is not.
 pub fn can_look() -> Result<(), &'static str> {
-    let mut byte = [0];
-    if !read_own(ProcAddr(std::ptr::from_ref(&byte) as u64), &mut byte) {
+    let (there, mut byte) = (0u8, [0]);
+    if !read_own(ProcAddr(std::ptr::from_ref(&there) as u64), &mut byte) {
         return Err("read its own memory by process_vm_readv(2)");
     }
     make_code_seen().map_err(|_| "have all its threads see changed code by membarrier(2)")

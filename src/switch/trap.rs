@@ -75,6 +75,8 @@ pub struct Table {
 }
 
 static ACTIVE: AtomicPtr<Table> = AtomicPtr::new(std::ptr::null_mut());
+/// How often `ACTIVE` was changed, counted before the change.
+static CHANGES: AtomicU64 = AtomicU64::new(0);
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 static PASS_ON: AtomicUsize = AtomicUsize::new(0);
 static LOOK: AtomicI32 = AtomicI32::new(0);
@@ -244,12 +246,14 @@ impl Drop for OwnedTable {
 /// Makes a table the one that handlers go by. The one before it, if any, is withdrawn first.
 pub fn publish(table: &OwnedTable) {
     let table: &Table = table;
+    CHANGES.fetch_add(1, Ordering::SeqCst);
     ACTIVE.store(std::ptr::from_ref(table).cast_mut(), Ordering::SeqCst);
 }
 
 /// Puts `next` in the place of the table, or none, and waits until no handler uses the one before.
 pub fn withdraw(next: Option<&OwnedTable>) {
     let next = next.map_or(std::ptr::null_mut(), |t| std::ptr::from_ref::<Table>(t).cast_mut());
+    CHANGES.fetch_add(1, Ordering::SeqCst);
     ACTIVE.store(next, Ordering::SeqCst);
     // Handlers that come now use `next`; they go by fast, but there may always be one.
     let mut seen = 0;
@@ -281,6 +285,10 @@ pub fn ask(pid: Pid, tid: Tid, signal: c_int, deadline: Instant) -> Answer {
                     COPIED => {
                         // SAFETY: 3: the state says that it is done, and nobody writes until the next one is asked.
                         let copy = unsafe { &*COPY.what.get() };
+                        // One that was asked before may have come late, in this one's place.
+                        if copy.thread.tid != tid {
+                            return Answer::Unknown;
+                        }
                         Answer::Perhaps(copy.thread, copy.bytes.get(..copy.len).unwrap_or(&[]).to_vec())
                     }
                     _ => Answer::Unknown,
@@ -477,6 +485,23 @@ fn is_gone(at: ProcAddr) -> bool {
     unsafe { (at.0 as *const u8).read_volatile() != INT3 }
 }
 
+/// Where a thread that met a trap at `at` goes on; `None` if that is not of a switch.
+fn goes_on(uc: &ucontext_t, at: ProcAddr) -> Option<ProcAddr> {
+    loop {
+        let changes = CHANGES.load(Ordering::SeqCst);
+        INSIDE.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: 1.
+        let table = unsafe { ACTIVE.load(Ordering::SeqCst).as_ref() };
+        let to = table.and_then(|table| table.way(at, &thread_of(uc, table, at)));
+        INSIDE.fetch_sub(1, Ordering::SeqCst);
+        let to = to.or_else(|| is_gone(at).then_some(at));
+        // A trap of ours may have gone, and one of the next switch may have come, between the two looks.
+        if to.is_some() || changes == CHANGES.load(Ordering::SeqCst) {
+            return to;
+        }
+    }
+}
+
 extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     const SI_KERNEL: c_int = 0x80;
     // SAFETY: errno of the calling thread is readable.
@@ -485,19 +510,7 @@ extern "C" fn on_trap(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
     let (by_int3, uc) = unsafe { ((*info).si_code == SI_KERNEL, &mut *context.cast::<ucontext_t>()) };
     let rip = uc.uc_mcontext.gregs[libc::REG_RIP as usize].cast_unsigned();
     let at = ProcAddr(rip.wrapping_sub(1));
-    let mut to = None;
-    if by_int3 {
-        INSIDE.fetch_add(1, Ordering::SeqCst);
-        let table = ACTIVE.load(Ordering::SeqCst);
-        // SAFETY: 1.
-        if let Some(table) = unsafe { table.as_ref() } {
-            to = table.way(at, &thread_of(uc, table, at));
-        }
-        INSIDE.fetch_sub(1, Ordering::SeqCst);
-        if to.is_none() {
-            to = is_gone(at).then_some(at);
-        }
-    }
+    let to = if by_int3 { goes_on(uc, at) } else { None };
     // SAFETY: as above.
     unsafe { *errno() = saved };
     match to {
