@@ -181,9 +181,11 @@ impl Patcher {
         let applied = Applied::new(newest)?;
         applied.may_revert(&options.consistency)?;
         applied.check_entries(&self.process)?;
-        let Some(traps) = applied.traps(&self.process) else {
-            return Err(outside("it was applied from outside, as a patch of one entry"));
+        let traps = match applied.traps(&self.process).filter(|t| t.len() == applied.entries()) {
+            Some(traps) => Some(traps),
+            None => applied.trap_of_one(&mut OwnProcess::new(&mut self.process)?)?,
         };
+        let Some(traps) = traps else { return Err(outside("its entries have no stubs")) };
         let returns = super::signal_returns(&self.process, &self.images, &self.maps);
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
         let leave = with_returns(crate::transaction::relax(&options.consistency, applied.watched()));

@@ -83,9 +83,12 @@ pub(super) fn windows(payload: &Payload) -> impl Iterator<Item = Watched> + '_ {
     })
 }
 
+/// Where in the page of the call stub the overwritten instructions of a single entry are moved to, if it has no switch stub.
+pub(super) const THUNK_AT: u64 = PAGE / 2;
+
 /// The switch stubs: a thread in one is on its way, and nobody knows which.
 pub(super) fn stubs(payload: &Payload) -> Option<Watched> {
-    let range = ProcRange { start: payload.stub.checked_add(PAGE)?, end: payload.base };
+    let range = ProcRange { start: payload.stub.checked_add(THUNK_AT)?, end: payload.base };
     (range.start < range.end).then_some(())?;
     Some(Watched { name: Watched::STUBS.into(), range, part: Part::Companion })
 }

@@ -1,8 +1,10 @@
 //! A patch that is applied, and its way back.
 
-use super::record::{stubs, watch_new, watch_old, windows};
+use super::record::{stubs, watch_new, watch_old, windows, THUNK_AT};
 use super::{hold_and_swap, straight, swap, RecordEdit, TransactionError};
+use crate::addr::ProcAddr;
 use crate::insn;
+use crate::maps::PAGE;
 use crate::memory::ReadMemory;
 use crate::plan::beside::Consistency;
 use crate::plan::sites::Trap;
@@ -148,6 +150,28 @@ impl Applied {
         }
         let all: Vec<Trap> = self.edits.iter().zip(&self.leads).filter_map(trap).collect();
         (all.len() == self.edits.len()).then_some(all)
+    }
+
+    /// The trap that reverts a patch of one entry that has no stub: the overwritten instructions are moved to a place in its mapping that is free.
+    ///
+    /// # Errors
+    ///
+    /// They can't be moved, or not be written.
+    pub fn trap_of_one<P: Process>(&self, process: &mut P) -> Result<Option<Vec<Trap>>, TransactionError> {
+        let [edit] = &self.edits[..] else { return Ok(None) };
+        let Some(from) = insn::jump_target(edit.at, edit.expected) else { return Ok(None) };
+        let Some(to) = self.found.payload.stub.checked_add(THUNK_AT) else { return Ok(None) };
+        let behind = ProcAddr(edit.at.0 + edit.new.len() as u64);
+        let mut code = edit.new.to_vec();
+        let to_page = PAGE - behind.0 % PAGE;
+        let more = (insn::OVERWRITTEN as u64 - code.len() as u64).min(to_page);
+        code.extend(process.read_vec(behind, more).unwrap_or_default());
+        let thunk = insn::original_thunk(to, edit.at, &code)
+            .map_err(|e| Refusal::EntryImmovable { function: edit.function.clone(), why: e.to_string() })?;
+        process.adopt(self.found.region);
+        process.write_own(to, &thunk)?;
+        let CodeEdit { function, at, expected, new } = edit.clone();
+        Ok(Some(vec![Trap { function, at, before: expected, after: new, from, to }]))
     }
 
     /// What no thread may be in for the revert to be taken back.
