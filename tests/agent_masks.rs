@@ -62,7 +62,15 @@ fn main() {
             return case();
         }
     }
-    let filter = arguments.iter().find(|a| !a.starts_with('-')).cloned().unwrap_or_default();
+    // What asks for the list of tests gets one, of all cases.
+    if arguments.iter().any(|a| a == "--list") {
+        if !arguments.iter().any(|a| a == "--ignored") {
+            println!("cases: test");
+        }
+        return;
+    }
+    let one = arguments.iter().find(|a| !a.starts_with('-') && *a != "cases");
+    let filter = one.cloned().unwrap_or_default();
     let mut failed = 0;
     for (name, _, dies_of) in CASES.iter().filter(|(n, _, _)| n.contains(&filter)) {
         let own = std::env::current_exe().expect("the path of this program");

@@ -150,7 +150,8 @@ fn a_switch_that_can_not_be_taken_back_is_finished_later() {
     // Nobody goes past the agent meanwhile.
     let held = inside.apply(&["--hold", "--timeout", "300ms"]);
     assert!(held.code == 3 || held.code == 1, "refused, or the agent is at work: {}", held.both());
-    inside.run("recover", &[]).expect_code(0).unwrap();
+    let recover = inside.run("recover", &[]);
+    assert!(recover.code == 0 || recover.code == 1, "nothing to do, or the agent is at work: {}", recover.both());
     assert_eq!(inside.figure("mixed"), 0);
     inside.ask("free");
     let until = Instant::now() + Duration::from_secs(5);

@@ -32,7 +32,7 @@ pub enum ProcessError {
         comm: String,
     },
     /// Another livepatch command is at work on it.
-    #[error("another livepatch command (PID {tracer}) is at work on process {pid}: try again when it has ended")]
+    #[error("{} is at work on process {pid}: try again when it has ended", at_work(*pid, *tracer))]
     Busy {
         /// The process.
         pid: Pid,
@@ -115,6 +115,14 @@ pub enum ProcessError {
         /// The file.
         what: String,
     },
+}
+
+fn at_work(pid: Pid, other: Pid) -> String {
+    if pid == other {
+        "its own agent".into()
+    } else {
+        format!("another livepatch command (PID {other})")
+    }
 }
 
 impl ProcessError {
