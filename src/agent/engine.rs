@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::breaker::{Bounds, Observed};
 use super::fatal;
-use super::log::{Event, Log};
+use super::log::{By, Event, Log};
 use super::peer::Peer;
 use super::sealed::SealedPatch;
 use super::wire::{Answer, Failure, FailureKind, Given, Info, Request};
@@ -63,17 +63,6 @@ impl Shared {
         *self.hurry.lock() = true;
         self.woken.notify_one();
     }
-}
-
-/// Who asks: for the log.
-#[derive(Clone, Copy, Debug)]
-pub enum By {
-    /// A command, over the socket.
-    Peer(Peer),
-    /// The program.
-    Program,
-    /// The agent itself.
-    Breaker,
 }
 
 impl Engine {

@@ -10,8 +10,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{json, Value};
 
 use super::breaker::Observed;
-use super::engine::By;
+use super::peer::Peer;
 use crate::patcher::{Error, Report};
+
+/// Who asks: for the log.
+#[derive(Clone, Copy, Debug)]
+pub enum By {
+    /// A command, over the socket.
+    Peer(Peer),
+    /// The program.
+    Program,
+    /// The agent itself.
+    Breaker,
+}
 
 /// Something that is to be remembered.
 #[derive(Debug)]

@@ -10,10 +10,10 @@ use nix::sys::signal::SigSet;
 use parking_lot::Mutex;
 
 use super::breaker::Bounds;
-use super::engine::{By, Engine, Shared};
+use super::engine::{Engine, Shared};
 use super::fatal;
 use super::heap::{self, HeapError};
-use super::log::Log;
+use super::log::{By, Log};
 use super::masks::{self, OwnError};
 use super::server::{ServeError, Server, Stop};
 use crate::patch::PatchFile;
