@@ -193,6 +193,23 @@ fn who_blocks_sigtrap_is_held_from_outside() {
 }
 
 #[test]
+fn the_c_librarys_code_never_traps() {
+    // It blocks all signals for moments: known by its name.
+    let (old, fix) = built("libc", &root().join("tests/switch/work.c"), &[]);
+    let library = old.with_file_name("libc-like.so");
+    std::fs::copy(&old, &library).unwrap();
+    let mut inside = Inside::start_with("libc", &library, &fix, Command::new(example("inside")));
+    inside.ask("call");
+    for version in [2, 1] {
+        let ran = if version == 2 { inside.apply(&[]) } else { inside.revert(&[]) };
+        ran.expect_code(0).unwrap().expect_says(&["asks for the hold from outside", "C library"]).unwrap();
+        assert_eq!(by(&ran.json().unwrap()), "a hold");
+        assert_eq!(inside.figure("version"), version);
+    }
+    inside.finish();
+}
+
+#[test]
 fn the_hold_and_the_switch_follow_each_other() {
     let mut inside = Inside::start("both");
     inside.ask("call");

@@ -15,7 +15,7 @@ use crate::registry::{self, CanaryRecord, Confirmation, SessionKey, Share, State
 use crate::session::{self, Words};
 use crate::stack::{Cfi, Part, Watched};
 use crate::switch::{self, Inside, Plan, SwitchError, SwitchTimes, Switcher};
-use crate::transaction::{Applied, Stamp};
+use crate::transaction::{Applied, Stamp, TransactionError};
 
 /// The thread that asks is the one that calls: nobody is borrowed.
 struct Own;
@@ -88,19 +88,18 @@ impl Patcher {
         self.remove_unused(deadline)?;
         self.session = if by_session { Some(self.free_session()?) } else { None };
         let mut report = self.report("apply", &patch.manifest.name);
-        let inspected = self.inspect_alone(patch, options, deadline)?;
+        let inspected = self.inspect_alone(patch, options, deadline).map_err(|e| match e {
+            // A hold moves nothing where a patch has one entry.
+            Error::Refused { refusal: refusal @ Refusal::EntryImmovable { .. } } => outside(refusal.to_string()),
+            other => other,
+        })?;
         report.functions = replaced(patch);
         let Some(planned) = inspected.planned else {
             report.already = true;
             return Ok(report);
         };
-        // What runs in the handlers of a switch must not trap itself.
-        if let Some(own) = patch.manifest.functions.iter().find(|f| f.demangled.contains("livepatch::")) {
-            return Err(outside(format!("{} is the agent's own code", own.demangled)));
-        }
-        if is_c_library(&self.images, &planned.watched()) {
-            return Err(outside("the C library blocks signals by itself"));
-        }
+        let names = patch.manifest.functions.iter().map(|f| f.demangled.as_str());
+        self.may_trap(names, &planned.watched())?;
         let returns = super::signal_returns(&self.process, &self.images, &self.maps);
         let mut own = OwnProcess::new(&mut self.process)?;
         let mut staged = planned.stage(&mut own, deadline)?;
@@ -118,7 +117,7 @@ impl Patcher {
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
         // A stub leads some calls to the new function and the others on in the old one: so nobody has to leave anything.
         let (old, new) = if options.canary.is_some() {
-            (staged.windows(), staged.windows())
+            (staged.windows(), staged.windows_and_stubs())
         } else {
             (crate::transaction::relax(&consistency, staged.watched()), staged.watched_new())
         };
@@ -178,12 +177,23 @@ impl Patcher {
         let mut report = self.report("revert", &newest.payload.patch);
         report.functions =
             super::names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
+        let names = newest.payload.functions.iter().map(|f| f.demangled.as_str());
+        let code = newest.payload.entries.iter().filter_map(|e| ProcRange::new(e.at, e.original.0.len() as u64));
+        let part = Part::Window;
+        let code: Vec<Watched> = code.map(|range| Watched { name: String::new(), range, part }).collect();
+        self.may_trap(names, &code)?;
         let applied = Applied::new(newest)?;
         applied.may_revert(&options.consistency)?;
         applied.check_entries(&self.process)?;
         let traps = match applied.traps(&self.process).filter(|t| t.len() == applied.entries()) {
             Some(traps) => Some(traps),
-            None => applied.trap_of_one(&mut OwnProcess::new(&mut self.process)?)?,
+            None => {
+                let of_one = applied.trap_of_one(&mut OwnProcess::new(&mut self.process)?);
+                of_one.map_err(|e| match e {
+                    TransactionError::Refused(refusal) => outside(refusal.to_string()),
+                    other => other.into(),
+                })?
+            }
         };
         let Some(traps) = traps else { return Err(outside("its entries have no stubs")) };
         let returns = super::signal_returns(&self.process, &self.images, &self.maps);
@@ -216,6 +226,18 @@ impl Patcher {
                 Err(not_switched(pid, e))
             }
         }
+    }
+
+    /// Whether traps may stand over this code of these functions.
+    fn may_trap<'n>(&self, mut functions: impl Iterator<Item = &'n str>, code: &[Watched]) -> Result<(), Error> {
+        // What runs in the handlers of a switch must not trap itself.
+        if let Some(own) = functions.find(|f| f.contains("livepatch::")) {
+            return Err(outside(format!("{own} is the agent's own code")));
+        }
+        if is_c_library(&self.images, code) {
+            return Err(outside("the C library blocks signals by itself"));
+        }
+        Ok(())
     }
 
     /// How stubs of another canary by session tell the arm of a message.
