@@ -225,6 +225,10 @@ impl<'a> Looker<'a> {
         if blocked.number == -1 && blocked.sp == 0 && self.has_ended(tid) {
             return Seen::Gone;
         }
+        // In the kernel for another reason than a call, such as a page: its registers are its own, may hold a frame, and are not told.
+        if blocked.number < 0 {
+            return Seen::Runs;
+        }
         if [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&blocked.number) {
             return Seen::Inside(Inside::at(tid, "a child of vfork"));
         }
