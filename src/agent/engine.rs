@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 
@@ -29,8 +29,17 @@ pub struct Engine {
     log: Log,
     /// The patch that is observed: its digest, and when it was applied.
     observing: Option<(String, u64)>,
+    /// What the watch saw last.
+    known: Option<Known>,
     /// It broke a bound, which was told, and is still to be reverted.
     tripped: bool,
+}
+
+/// The newest applied patch, as the watch saw it: its name, and whether it is to stay.
+#[derive(Clone, Debug)]
+struct Known {
+    since: Instant,
+    newest: Option<(String, Option<Confirmed>)>,
 }
 
 /// What other threads of the program need of the engine.
@@ -67,7 +76,7 @@ impl Shared {
 
 impl Engine {
     pub fn new(switcher: Switcher, keys: Option<Keys>, bounds: Bounds, shared: Arc<Shared>, log: Log) -> Self {
-        Self { switcher, keys, bounds, shared, log, observing: None, tripped: false }
+        Self { switcher, keys, bounds, shared, log, observing: None, known: None, tripped: false }
     }
 
     /// Answers a request.
@@ -190,7 +199,8 @@ impl Engine {
     }
 
     /// What applied patches there are that may still have to go.
-    fn renew(&self) {
+    fn renew(&mut self) {
+        self.known = None;
         let own = Patcher::open_own();
         fatal::set(&own.as_ref().map(Patcher::mapped_code).unwrap_or_default());
         let current = own.and_then(|p| p.current_code()).unwrap_or_default();
@@ -210,18 +220,22 @@ impl Engine {
             }
             self.log.say("the switch before is taken back");
         }
-        let Ok(status) = status() else { return IDLE };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let newest = newest(&status);
-        // Commands that go in from outside tell nobody.
-        if newest.map(identity) != self.observing {
-            self.begin_observing();
+        // That reads all that is mapped: often enough for commands that go in from outside, and tell nobody.
+        if self.known.as_ref().is_none_or(|k| k.since.elapsed() >= IDLE) {
+            let Ok(status) = status() else { return IDLE };
+            let newest = newest(&status);
+            if newest.map(identity) != self.observing {
+                self.begin_observing();
+            }
+            let newest = newest.map(|p| (p.patch.clone(), p.confirmation));
+            self.known = Some(Known { since: Instant::now(), newest });
         }
-        let Some(newest) = newest else { return IDLE };
-        if matches!(newest.confirmation, Some(Confirmed::Permanent)) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let Some((name, confirmation)) = self.known.as_ref().and_then(|k| k.newest.clone()) else { return IDLE };
+        if matches!(confirmation, Some(Confirmed::Permanent)) {
             return IDLE;
         }
-        let overdue = match newest.confirmation {
+        let overdue = match confirmation {
             // A command that waits for it from outside does so itself.
             Some(Confirmed::Unconfirmed { by, watcher }) if watcher.is_none_or(|w| w == std::process::id()) => {
                 by <= now
@@ -231,7 +245,6 @@ impl Engine {
         let why =
             self.shared.observed.broken(&self.bounds).or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
         let Some(why) = why else { return SOON };
-        let name = newest.patch.clone();
         if !std::mem::replace(&mut self.tripped, true) {
             self.log.write(By::Breaker, &Event::breaks(&name, &why));
             self.log.tripped();
