@@ -537,12 +537,14 @@ extern "C" fn on_look(_signal: c_int, _info: *mut siginfo_t, context: *mut c_voi
     let uc = unsafe { &mut *context.cast::<ucontext_t>() };
     INSIDE.fetch_add(1, Ordering::SeqCst);
     // SAFETY: 1.
-    if let Some(table) = unsafe { ACTIVE.load(Ordering::SeqCst).as_ref() } {
+    let table = unsafe { ACTIVE.load(Ordering::SeqCst).as_ref() };
+    if let Some(table) = table {
         let pc = ProcAddr(uc.uc_mcontext.gregs[libc::REG_RIP as usize].cast_unsigned());
         let thread = thread_of(uc, table, pc);
         look(table, &thread);
-        go_on(table, uc);
     }
+    // Also when the switch that asked has come to its end meanwhile.
+    go_on(table, uc);
     INSIDE.fetch_sub(1, Ordering::SeqCst);
     // SAFETY: as above.
     unsafe { *errno() = saved };
@@ -576,7 +578,7 @@ fn look(table: &Table, thread: &HeldThread) {
 }
 
 /// A system call that the look has interrupted is made again, where it is known how it was made.
-fn go_on(table: &Table, uc: &mut ucontext_t) {
+fn go_on(table: Option<&Table>, uc: &mut ucontext_t) {
     const CLOSE: i64 = libc::SYS_close;
     let gregs = &mut uc.uc_mcontext.gregs;
     if gregs[libc::REG_RAX as usize] != -i64::from(libc::EINTR) {
@@ -587,11 +589,11 @@ fn go_on(table: &Table, uc: &mut ucontext_t) {
     let rip = gregs[libc::REG_RIP as usize].cast_unsigned();
     let read = sys::read_own(ProcAddr(rip.wrapping_sub(7)), &mut code);
     let [0xb8, n @ .., 0x0f, 0x05] = code else {
-        table.interrupted.fetch_add(u64::from(read && code[5..] == [0x0f, 0x05]), Ordering::Relaxed);
-        return;
+        let interrupted = read && code[5..] == [0x0f, 0x05];
+        return table.iter().for_each(|t| _ = t.interrupted.fetch_add(u64::from(interrupted), Ordering::Relaxed));
     };
     if read && i64::from(i32::from_le_bytes(n)) != CLOSE {
         gregs[libc::REG_RIP as usize] = rip.wrapping_sub(7).cast_signed();
-        table.restarted.fetch_add(1, Ordering::Relaxed);
+        table.iter().for_each(|t| _ = t.restarted.fetch_add(1, Ordering::Relaxed));
     }
 }
