@@ -3,6 +3,7 @@
 //! the stack, compare.
 
 use std::fs::File;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::tracee::{self, Running, Stopped, Waited};
@@ -17,8 +18,8 @@ const FIRST_BYTES: usize = 8 << 10;
 /// Threads that are stopped and checked together.
 const CHUNK: usize = 32;
 
-/// So many threads that are woken often or run are stopped together: for these, one wait after the other costs more.
-const FEW: usize = 8;
+/// How long the tool looks for running threads to stop before it sleeps: a CPU that goes idle is woken late, in a virtual machine above all.
+const LOOK: Duration = Duration::from_micros(60);
 
 /// A thread that ran more often than this, ever, is taken for one that is woken often.
 const SELDOM: u64 = 32;
@@ -64,6 +65,8 @@ pub struct PtraceHeld<'a> {
     times: HoldTimes,
     _alarm: sys::Alarm,
     _priority: sys::Priority,
+    /// Closed when they run again.
+    _folder: File,
 }
 
 impl PtraceProcess {
@@ -230,7 +233,7 @@ impl PtraceProcess {
             self.release_running(left);
             return Err(e);
         }
-        Ok(PtraceHeld { process: self, stopped, times, _alarm: alarm, _priority: priority })
+        Ok(PtraceHeld { process: self, stopped, times, _alarm: alarm, _priority: priority, _folder: folder })
     }
 
     /// Stops and checks all of `waiting`, and then whatever a thread made that had begun to before it was traced.
@@ -271,11 +274,20 @@ impl PtraceProcess {
         check: &mut dyn StackCheck,
         buffers: &mut [u8],
     ) -> Result<(), HoldError> {
-        while ask_next(waiting) > 0 {
+        loop {
+            let asked = ask_next(waiting);
+            if asked == 0 {
+                break;
+            }
             let first = stopped.len();
+            // As long as each has a CPU beside ours: a thread that waits for ours would not stop while we look.
+            let look = (asked < cpus()).then(|| Instant::now() + LOOK);
             while waiting.last().is_some_and(|w| w.asked.is_some()) {
                 let Some(Waiting { thread, class, asked }) = waiting.pop() else { break };
                 let asked = asked.unwrap_or_else(Instant::now);
+                if let Some(until) = look.filter(|_| class == Class::Running) {
+                    thread.look(until);
+                }
                 match thread.wait(deadline) {
                     Waited::Stopped(thread) => {
                         if let Some(born) = thread.born() {
@@ -339,20 +351,25 @@ impl PtraceProcess {
     }
 }
 
-/// Fetches the pages of the tool itself before threads wait for it.
+/// On how many CPUs the tool may run.
+fn cpus() -> usize {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
+}
+
+/// Fetches the pages of the tool itself, and what it will ask for, before threads wait for it.
 fn stay_in_memory() {
+    cpus();
     let own = std::fs::read("/proc/self/maps").ok().and_then(|text| crate::maps::parse(&text).ok());
     for m in own.unwrap_or_default().iter().filter(|m| m.read && m.inode != 0) {
         sys::populate(m.range.start, m.range.len_bytes());
     }
 }
 
-/// Asks the next threads of one class, at the end of the list, to stop, and the running ones with the last few
-/// that are woken often; how many.
+/// Asks the next threads of one class, at the end of the list, to stop; how many.
 fn ask_next(waiting: &mut [Waiting]) -> usize {
     let Some(class) = waiting.last().map(|w| w.class) else { return 0 };
-    let last = if class == Class::Often && waiting.len() <= FEW { Class::Running } else { class };
-    let next = waiting.iter_mut().rev().take_while(|w| w.class <= last).take(CHUNK);
+    let next = waiting.iter_mut().rev().take_while(|w| w.class == class).take(CHUNK);
     next.map(|w| {
         w.asked = Some(Instant::now());
         w.thread.interrupt();

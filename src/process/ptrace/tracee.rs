@@ -89,6 +89,11 @@ impl Running {
         let _ = sys::interrupt(self.0 .0);
     }
 
+    /// Looks, without sleeping, until it stands still, has ended, or `until` has come.
+    pub fn look(&self, until: Instant) {
+        while matches!(sys::wait(self.0 .0, false), Ok(None)) && Instant::now() < until {}
+    }
+
     /// Waits until it stands still. Blocks past `deadline` unless an [`Alarm`](sys::Alarm) is set.
     pub fn wait(self, deadline: Instant) -> Waited {
         loop {
