@@ -66,5 +66,7 @@ pub mod stack;
 pub mod switch;
 #[cfg(feature = "engine")]
 pub mod symbols;
+#[cfg(feature = "agent")]
+pub mod tally;
 #[cfg(feature = "engine")]
 pub mod transaction;

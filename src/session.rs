@@ -25,6 +25,7 @@ use std::time::Instant;
 use crate::addr::ProcAddr;
 use crate::insn::bucket;
 use crate::registry::Arm;
+use crate::tally::{self, Tally, BUCKETS};
 
 /// So many canaries by session there can be at once.
 pub const SLOTS: usize = 8;
@@ -35,12 +36,11 @@ const SHARDS: usize = 16;
 /// One message in so many is timed.
 const SAMPLED: u8 = 16;
 
-/// Powers of two of nanoseconds.
-const BUCKETS: usize = 40;
-
 thread_local! {
     /// A bit for each slot: whether the message that is handled runs the new arm. Constant at first and never dropped: stubs read it.
     static ARMS: Cell<u8> = const { Cell::new(0) };
+    /// A bit for each slot that was active when the message that is handled began.
+    static ACTIVE_THEN: Cell<u8> = const { Cell::new(0) };
     /// Which counters are this thread's, plus one; and how many messages it has seen.
     static SHARD: Cell<(u8, u8)> = const { Cell::new((0, 0)) };
 }
@@ -56,6 +56,7 @@ struct Shard {
 struct ArmShard {
     messages: AtomicU64,
     panics: AtomicU64,
+    failed: AtomicU64,
     took: [AtomicU64; BUCKETS],
 }
 
@@ -72,7 +73,12 @@ impl Slot {
             [const { AtomicU64::new(0) }; N]
         }
         const fn arm() -> ArmShard {
-            ArmShard { messages: AtomicU64::new(0), panics: AtomicU64::new(0), took: zeros() }
+            ArmShard {
+                messages: AtomicU64::new(0),
+                panics: AtomicU64::new(0),
+                failed: AtomicU64::new(0),
+                took: zeros(),
+            }
         }
         Self {
             shares: AtomicUsize::new(0),
@@ -150,6 +156,11 @@ impl Decided {
         }
         Self { arms, active, shard, began: timed.then(Instant::now) }
     }
+
+    /// From now on the thread handles this message.
+    fn begin(&self) -> Before {
+        Before { arms: ARMS.replace(self.arms), active: ACTIVE_THEN.replace(self.active) }
+    }
 }
 
 impl Drop for Decided {
@@ -157,7 +168,7 @@ impl Drop for Decided {
         if self.active == 0 {
             return;
         }
-        let took = self.began.map(|b| u64::try_from(b.elapsed().as_nanos()).unwrap_or(u64::MAX));
+        let took = self.began.map(|b| b.elapsed());
         let panics = u64::from(std::thread::panicking());
         for (bit, slot) in bits(self.active) {
             let Some(own) = slot.shards.get(self.shard) else { continue };
@@ -165,9 +176,8 @@ impl Drop for Decided {
             let arm = &own.arms[usize::from(new)];
             arm.messages.fetch_add(1, Ordering::Relaxed);
             arm.panics.fetch_add(panics, Ordering::Relaxed);
-            if let Some(ns) = took {
-                let place = (64 - ns.leading_zeros() as usize).min(BUCKETS - 1);
-                arm.took[place].fetch_add(1, Ordering::Relaxed);
+            if let Some(took) = took {
+                arm.took[tally::bucket(took)].fetch_add(1, Ordering::Relaxed);
             }
             if new {
                 own.handled.fetch_sub(1, Ordering::SeqCst);
@@ -181,7 +191,7 @@ impl Drop for Decided {
 #[must_use = "dropped, the message is no longer handled"]
 pub struct Scope {
     _decided: Decided,
-    before: u8,
+    _before: Before,
     /// It stays on its thread.
     _thread: PhantomData<*const ()>,
 }
@@ -191,12 +201,33 @@ pub struct Scope {
 /// Within another scope it counts until it ends. Costs a load where no canary by session is applied.
 pub fn enter(id: u64) -> Scope {
     let decided = Decided::new(id);
-    Scope { before: ARMS.replace(decided.arms), _decided: decided, _thread: PhantomData }
+    Scope { _before: decided.begin(), _decided: decided, _thread: PhantomData }
 }
 
-impl Drop for Scope {
+/// The message around the one that begins, put back when that one ends, or panics.
+#[derive(Debug)]
+struct Before {
+    arms: u8,
+    active: u8,
+}
+
+impl Drop for Before {
     fn drop(&mut self) {
-        ARMS.set(self.before);
+        ARMS.set(self.arms);
+        ACTIVE_THEN.set(self.active);
+    }
+}
+
+/// The message that this thread handles has failed, for the figures of its arms.
+pub(crate) fn failed() {
+    let active = ACTIVE_THEN.get();
+    if active == 0 {
+        return;
+    }
+    let (shard, _) = shard();
+    for (bit, slot) in bits(active) {
+        let Some(own) = slot.shards.get(shard) else { continue };
+        own.arms[usize::from(ARMS.get() & bit != 0)].failed.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -219,15 +250,8 @@ impl<F: Future> Future for Scoped<F> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
-        /// Put back also when the poll panics.
-        struct Before(u8);
-        impl Drop for Before {
-            fn drop(&mut self) {
-                ARMS.set(self.0);
-            }
-        }
         let this = self.project();
-        let _before = Before(ARMS.replace(this.decided.arms));
+        let _before = this.decided.begin();
         this.inner.poll(context)
     }
 }
@@ -271,7 +295,10 @@ pub(crate) fn open(slot: u8, Words { shares, which, salt }: Words) {
     place.salt.store(salt, Ordering::SeqCst);
     for shard in &place.shards {
         for arm in &shard.arms {
-            [&arm.messages, &arm.panics].into_iter().chain(&arm.took).for_each(|n| n.store(0, Ordering::Relaxed));
+            [&arm.messages, &arm.panics, &arm.failed]
+                .into_iter()
+                .chain(&arm.took)
+                .for_each(|n| n.store(0, Ordering::Relaxed));
         }
     }
     ACTIVE.fetch_or(1 << slot, Ordering::SeqCst);
@@ -297,30 +324,33 @@ pub fn handled(slot: u8) -> u64 {
     place.map_or(0, |p| p.shards.iter().map(|s| s.handled.load(Ordering::SeqCst)).fold(0, u64::wrapping_add))
 }
 
-/// The old arm and the new one.
+/// What the old arm and the new one did, since the canary began.
 #[must_use]
-pub fn arms(slot: u8) -> [Arm; 2] {
-    let Some(place) = TABLE.get(usize::from(slot)) else { return [Arm::default(), Arm::default()] };
+pub fn tallies(slot: u8) -> [Tally; 2] {
+    let Some(place) = TABLE.get(usize::from(slot)) else { return [Tally::default(); 2] };
     [0, 1].map(|arm| {
-        let mut out = Arm::default();
-        let mut took = [0u64; BUCKETS];
+        let mut out = Tally::default();
         for shard in &place.shards {
             let from = &shard.arms[arm];
-            out.messages += from.messages.load(Ordering::Relaxed);
+            out.all += from.messages.load(Ordering::Relaxed);
             out.panics += from.panics.load(Ordering::Relaxed);
-            took.iter_mut().zip(&from.took).for_each(|(sum, n)| *sum += n.load(Ordering::Relaxed));
+            out.failed += from.failed.load(Ordering::Relaxed);
+            out.took.iter_mut().zip(&from.took).for_each(|(sum, n)| *sum += n.load(Ordering::Relaxed));
         }
-        let all: u64 = took.iter().sum();
-        let quantile = |hundredths: u64| {
-            let mut seen = 0;
-            let place = took.iter().position(|n| {
-                seen += n;
-                all > 0 && seen * 100 >= all * hundredths
-            });
-            place.map_or(0, |i| 1 << i)
-        };
-        (out.p50_ns, out.p99_ns) = (quantile(50), quantile(99));
         out
+    })
+}
+
+/// The same, as it is reported.
+#[must_use]
+pub fn arms(slot: u8) -> [Arm; 2] {
+    tallies(slot).map(|t| Arm {
+        messages: t.all,
+        panics: t.panics,
+        failed: t.failed,
+        timed: t.timed(),
+        p50_ns: t.quantile_ns(50),
+        p99_ns: t.quantile_ns(99),
     })
 }
 
@@ -371,11 +401,14 @@ mod tests {
         }
         assert_eq!(ARMS.get() & 1 << 7, 1 << 7);
         assert!(!close(7) && handled(7) == 1);
+        failed();
         drop(scope);
+        failed();
         assert!(close(7));
         assert_eq!(ARMS.get() & 1 << 7, 0);
         let [old, new] = arms(7);
         assert_eq!((old.messages, new.messages), (1, 1));
+        assert_eq!((old.failed, new.failed), (0, 1), "outside of a message nothing is counted");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 
-use super::breaker::{Bounds, Observed};
+use super::breaker::{Bounds, Judge, Observed};
 use super::fatal;
 use super::log::{By, Event, Log};
 use super::peer::Peer;
@@ -29,29 +29,32 @@ pub struct Engine {
     log: Log,
     /// The patch that is observed: its digest, and when it was applied.
     observing: Option<(String, u64)>,
+    judge: Judge,
     /// What the watch saw last.
     known: Option<Known>,
     /// It broke a bound, which was told, and is still to be reverted.
     tripped: bool,
 }
 
-/// The newest applied patch, as the watch saw it: its name, and whether it is to stay.
+/// The newest applied patch, as the watch saw it: its name, whether it is to stay, and its slot as a canary by session.
 #[derive(Clone, Debug)]
 struct Known {
     since: Instant,
-    newest: Option<(String, Option<Confirmed>)>,
+    newest: Option<(String, Option<Confirmed>, Option<u8>)>,
 }
 
 /// What other threads of the program need of the engine.
 #[derive(Debug, Default)]
 pub struct Shared {
-    /// What was observed since the newest patch was applied.
+    /// What was observed.
     pub observed: Observed,
     /// The code of applied patches that are not permanent.
     pub patched: Mutex<Option<WatchList>>,
     /// Something is to be looked at before the next turn of the watch.
     pub hurry: Mutex<bool>,
     pub woken: parking_lot::Condvar,
+    /// The figures when they were asked for last.
+    pub figures: Mutex<String>,
     stopped: AtomicBool,
 }
 
@@ -76,7 +79,8 @@ impl Shared {
 
 impl Engine {
     pub fn new(switcher: Switcher, keys: Option<Keys>, bounds: Bounds, shared: Arc<Shared>, log: Log) -> Self {
-        Self { switcher, keys, bounds, shared, log, observing: None, known: None, tripped: false }
+        let judge = Judge::new(Instant::now(), &shared.observed);
+        Self { switcher, keys, bounds, shared, log, observing: None, judge, known: None, tripped: false }
     }
 
     /// Answers a request.
@@ -192,7 +196,7 @@ impl Engine {
 
     /// The newest patch is another.
     fn begin_observing(&mut self) {
-        self.shared.observed.reset();
+        self.judge = Judge::new(Instant::now(), &self.shared.observed);
         self.tripped = false;
         self.observing = status().ok().as_ref().and_then(newest).map(identity);
         self.renew();
@@ -227,11 +231,11 @@ impl Engine {
             if newest.map(identity) != self.observing {
                 self.begin_observing();
             }
-            let newest = newest.map(|p| (p.patch.clone(), p.confirmation));
+            let newest = newest.map(|p| (p.patch.clone(), p.confirmation, p.arms.as_ref().and(p.slot)));
             self.known = Some(Known { since: Instant::now(), newest });
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let Some((name, confirmation)) = self.known.as_ref().and_then(|k| k.newest.clone()) else { return IDLE };
+        let Some((name, confirmation, slot)) = self.known.as_ref().and_then(|k| k.newest.clone()) else { return IDLE };
         if matches!(confirmation, Some(Confirmed::Permanent)) {
             return IDLE;
         }
@@ -242,8 +246,9 @@ impl Engine {
             }
             _ => false,
         };
-        let why =
-            self.shared.observed.broken(&self.bounds).or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
+        let arms = slot.map(crate::session::tallies);
+        let broken = self.judge.broken(&self.bounds, Instant::now(), &self.shared.observed, arms);
+        let why = broken.or_else(|| overdue.then(|| "nobody confirmed it".to_owned()));
         let Some(why) = why else { return SOON };
         if !std::mem::replace(&mut self.tripped, true) {
             self.log.write(By::Breaker, &Event::breaks(&name, &why));
@@ -261,7 +266,8 @@ impl Engine {
 
     /// Figures for Prometheus.
     pub fn metrics(&self) -> String {
-        self.log.metrics(&self.shared.observed)
+        let patches = status().map(|s| s.patches).unwrap_or_default();
+        self.log.metrics(self.judge.panics(&self.shared.observed), &patches)
     }
 }
 

@@ -9,9 +9,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{json, Value};
 
-use super::breaker::Observed;
 use super::peer::Peer;
-use crate::patcher::{Error, Report};
+use crate::patcher::{Confirmed, Error, PatchStatus, Report};
+use crate::registry::{Arm, State};
 
 /// Who asks: for the log.
 #[derive(Clone, Copy, Debug)]
@@ -137,7 +137,7 @@ impl Log {
     }
 
     /// In Prometheus' text format.
-    pub fn metrics(&self, observed: &Observed) -> String {
+    pub fn metrics(&self, panics: u64, patches: &[PatchStatus]) -> String {
         use std::fmt::Write as _;
         let mut out = String::new();
         let mut metric = |name: &str, kind: &str, help: &str, values: &[(String, f64)]| {
@@ -152,10 +152,43 @@ impl Log {
         let failures: Vec<_> = self.failures.iter().map(|(k, n)| (format!("{{reason=\"{k}\"}}"), *n as f64)).collect();
         metric("failures_total", "counter", "Applies and reverts that were refused or failed.", &failures);
         metric("breaker_trips_total", "counter", "Bounds that a patch did not keep.", &one(self.trips));
-        metric("panics", "gauge", "Panics in patched code since the last apply or revert.", &one(observed.panics()));
+        metric("panics", "gauge", "Panics in patched code since the last apply or revert.", &one(panics));
         metric("trapped_calls_total", "counter", "Calls that trapped during switches.", &one(self.trapped));
         let seconds = [(String::new(), self.trapping_us / 1e6)];
         metric("transition_seconds", "gauge", "How long traps stood in the last switch.", &seconds);
+        let applied: Vec<&PatchStatus> = patches.iter().filter(|p| p.state == State::Applied).collect();
+        let named = |p: &PatchStatus| p.patch.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " ");
+        let permanent = |p: &&PatchStatus| {
+            let permanent = p.confirmation == Some(Confirmed::Permanent);
+            (format!("{{patch=\"{}\"}}", named(p)), f64::from(u8::from(permanent)))
+        };
+        let all: Vec<_> = applied.iter().map(permanent).collect();
+        metric("patch_permanent", "gauge", "Whether an applied patch was confirmed.", &all);
+        let arms = |of: &dyn Fn(&Arm) -> Vec<(&'static str, f64)>| {
+            let mut out = Vec::new();
+            for p in &applied {
+                for (arm, figures) in p.arms.iter().flat_map(|[old, new]| [("old", old), ("new", new)]) {
+                    let label = |more: &str| format!("{{patch=\"{}\",arm=\"{arm}\"{more}}}", named(p));
+                    out.extend(of(figures).into_iter().map(|(more, value)| (label(more), value)));
+                }
+            }
+            out
+        };
+        let single = |value: u64| vec![("", value as f64)];
+        let messages = arms(&|a| single(a.messages));
+        metric("arm_messages_total", "counter", "Messages that an arm of a canary by session has handled.", &messages);
+        metric("arm_failed_total", "counter", "Those that failed.", &arms(&|a| single(a.failed)));
+        metric("arm_panics_total", "counter", "Those that panicked.", &arms(&|a| single(a.panics)));
+        let times = arms(&|a| {
+            let quantiles = [(",quantile=\"0.5\"", a.p50_ns), (",quantile=\"0.99\"", a.p99_ns)];
+            let seconds = quantiles.into_iter().map(|(label, ns)| (label, ns as f64 / 1e9));
+            if a.timed == 0 {
+                Vec::new()
+            } else {
+                seconds.collect()
+            }
+        });
+        metric("arm_seconds", "gauge", "How long a message took, at most, since the canary began.", &times);
         out
     }
 }

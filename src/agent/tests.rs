@@ -175,9 +175,10 @@ fn answers_come_back() {
         confirmation: Some(Confirmed::Unconfirmed { by: 5, watcher: None }),
         canary_percent: Some(12.5),
         arms: Some([
-            crate::registry::Arm { messages: 9, panics: 1, p50_ns: 512, p99_ns: 4096 },
+            crate::registry::Arm { messages: 9, panics: 1, failed: 2, timed: 3, p50_ns: 512, p99_ns: 4096 },
             crate::registry::Arm::default(),
         ]),
+        slot: None,
         functions: vec![],
         entries: 0,
         bytes: 4096,

@@ -199,14 +199,15 @@ pub fn status(s: &ProcessStatus) -> String {
         }
         for (name, arm) in p.arms.iter().flat_map(|[old, new]| [("old", old), ("new", new)]) {
             let us = |ns: u64| ns as f64 / 1e3;
-            let _ = writeln!(
+            let _ = write!(
                 out,
-                "    {name} arm: {} messages, {} panics; p50 {:.1} µs, p99 {:.1} µs",
-                arm.messages,
-                arm.panics,
-                us(arm.p50_ns),
-                us(arm.p99_ns)
+                "    {name} arm: {} messages, {} failed, {} panics; ",
+                arm.messages, arm.failed, arm.panics
             );
+            let _ = match arm.timed {
+                0 => writeln!(out, "none timed yet"),
+                _ => writeln!(out, "p50 {:.1} µs, p99 {:.1} µs", us(arm.p50_ns), us(arm.p99_ns)),
+            };
         }
         if let Some(damage) = &p.damage {
             let _ = writeln!(out, "    damaged: {damage}");

@@ -32,6 +32,9 @@ pub struct PatchStatus {
     /// What the old arm and the new one did since it was applied, if messages tell their session: only the agent knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arms: Option<[Arm; 2]>,
+    /// Which of the canaries by session it is, in its own process.
+    #[serde(skip)]
+    pub(crate) slot: Option<u8>,
     /// The functions that it replaces.
     pub functions: Vec<String>,
     /// How many entries it has.
@@ -168,6 +171,7 @@ impl Patcher {
             let canary = payload.canary.is_some() && state == State::Applied;
             PatchStatus {
                 arms: self.arms(&payload).filter(|_| state == State::Applied),
+                slot: payload.canary.as_ref().and_then(|c| c.session).map(|s| s.slot),
                 canary_percent: canary.then(|| f64::from(mutable.share.value()) / 100.0),
                 image: other.then(named),
                 patch: payload.patch,

@@ -134,6 +134,12 @@ pub struct Arm {
     pub messages: u64,
     /// Panics in them.
     pub panics: u64,
+    /// Those of which the program said that they failed (`Agent::observe`).
+    #[serde(default)]
+    pub failed: u64,
+    /// How many were timed: one in some.
+    #[serde(default)]
+    pub timed: u64,
     /// Half of the timed messages took at most so long, in nanoseconds; 0 if none was timed. Upper bounds of powers of two.
     pub p50_ns: u64,
     /// 99 of 100 did.

@@ -34,6 +34,10 @@ pub struct AgentConfig {
     #[arg(long = "agent-max-error-rate", value_name = "RATE", requires = "socket", value_parser = share)]
     pub max_error_rate: Option<f64>,
 
+    /// A canary by session is reverted if its new arm fails, panics or is late so many times as much as the old one
+    #[arg(long = "agent-max-than-old", value_name = "TIMES", requires = "socket", value_parser = times)]
+    pub max_than_old: Option<f64>,
+
     /// The patch is reverted if the handling of more than one message in a hundred takes longer
     #[arg(long = "agent-max-p99-us", value_name = "MICROSECONDS", requires = "socket", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_p99_us: Option<u64>,
@@ -50,6 +54,7 @@ impl AgentConfig {
             panics: self.max_panics,
             error_rate: self.max_error_rate,
             p99: self.max_p99_us.map(Duration::from_micros),
+            than_old: self.max_than_old,
             ..Bounds::default()
         };
         let mut builder = Agent::builder().socket(socket).arena(ARENA_BYTES).bounds(bounds);
@@ -72,6 +77,15 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+fn times(text: &str) -> Result<f64, String> {
+    let times: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if times.is_finite() && times >= 1.0 {
+        Ok(times)
+    } else {
+        Err("at least 1".to_owned())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::core::Config;
@@ -84,6 +98,7 @@ mod tests {
         let agent = ["--agent", "livepatch.sock"];
         assert!(parse(&[&agent[..], &["--agent-max-panics", "0"]].concat()).is_err());
         assert!(parse(&[&agent[..], &["--agent-max-error-rate", "5"]].concat()).is_err());
+        assert!(parse(&[&agent[..], &["--agent-max-than-old", "0.5"]].concat()).is_err());
         let config = parse(&[&agent[..], &["--agent-max-error-rate", "0.05"]].concat()).unwrap().agent;
         assert_eq!((config.max_error_rate, config.max_panics), (Some(0.05), None));
         assert!(parse(&[]).unwrap().agent.start().unwrap().is_none(), "without the option there is none");
