@@ -213,6 +213,8 @@ pub struct OldFacts {
     pub branches_to_entry: bool,
     /// Its code from the entry on, as far as the entry jump may reach into it.
     pub overwritten: Vec<u8>,
+    /// All of its body, if that branches back to its entry.
+    pub looping: Vec<u8>,
 }
 
 /// Judges one old function by its bytes in memory, as [`old_code`] asked for them.
@@ -256,6 +258,9 @@ pub fn check_old_code(function: &Function, bias: LoadBias, code: &[Vec<u8>]) -> 
             return Err(Refusal::BranchIntoEntry { function: name.clone(), from, to });
         }
         facts.branches_to_entry |= found.branches_to_entry;
+    }
+    if facts.branches_to_entry {
+        facts.looping = body.to_vec();
     }
     Ok(facts)
 }

@@ -27,17 +27,25 @@ NOINLINE long limit(const char *name, long session) { return V * 1000000 + sessi
 NOINLINE long total(long session, int n, ...)
 { va_list v; long sum = V * 1000000 + session; va_start(v, n); while (n--) sum += (long)va_arg(v, double); va_end(v); return sum; }
 NOINLINE long twice(long session, long n) { return n * 2 + session * 0 + (V - 1) * 1000000; }
+/* Its loop goes back to its first instruction, and its key is another in each turn. */
+NOINLINE __attribute__((optimize("align-loops=1"))) void walk(long session, volatile long *x)
+{ do *x += V; while ((session -= 30000) > 0); }
 static volatile long lost;
 static int version(long s)
 {
+    volatile long walked = 0;
+    walk(s, &walked);
+    long turns = s <= 30000 ? 1 : (s + 29999) / 30000;
+    if (walked % turns) lost++;
     long a = fee(s, 1, 2, 3, 4, 5, 6.0, 7) - s - 28, b = limit("a", s) - s - 'a', c = total(s, 2, 1.0, 2.0) - s - 3;
     long d = twice(s, 0) + 1000000;
-    long all[4] = { a, b, c, d };
-    for (int i = 0; i < 4; i++) if (all[i] != 1000000 && all[i] != 2000000) lost++;
+    long e = walked / turns * 1000000;
+    long all[5] = { a, b, c, d, e };
+    for (int i = 0; i < 5; i++) if (all[i] != 1000000 && all[i] != 2000000) lost++;
     /* while the share changes, one call of a session may come before and the next after */
-    return a == b && b == c && c == d ? '0' + (int)(a / 1000000) : 'x';
+    return a == b && b == c && c == d && d == e ? '0' + (int)(a / 1000000) : 'x';
 }
-static void *caller(void *p) { for (long s = (long)p; ; s++) { version(s % 100000); } return p; }
+static void *caller(void *p) { for (long s = (long)p; ; s++) { version(s % 100000); for (volatile int i = 0; i < 100; i++); } return p; }
 int main(void)
 {
     pthread_t t;
@@ -66,7 +74,8 @@ impl Drop for Place {
     }
 }
 
-const KEYS: [&str; 8] = ["--key", "fee:arg1", "--key", "limit:arg2", "--key", "total:arg1", "--key", "twice:arg1"];
+const KEYS: [&str; 10] =
+    ["--key", "fee:arg1", "--key", "limit:arg2", "--key", "total:arg1", "--key", "walk:arg1", "--key", "twice:arg1"];
 
 impl Place {
     fn new(name: &str) -> Result<Self, String> {
@@ -157,9 +166,9 @@ fn a_share_of_the_sessions_runs_the_patch() -> Outcome {
 fn a_canary_without_its_keys_is_refused() -> Outcome {
     let mut p = Place::new("keys")?;
     for (keys, words) in [
-        (&KEYS[..6], "no key tells the calls of twice apart"),
+        (&KEYS[..8], "no key tells the calls of twice apart"),
         (&[&KEYS[..], &["--key", "nobody:arg1"]].concat()[..], "the patch has no function nobody"),
-        (&[&KEYS[..6], &["--key", "twice:arg7"]].concat()[..], "not in a register"),
+        (&[&KEYS[..8], &["--key", "twice:arg7"]].concat()[..], "not in a register"),
         (&["--key", "session"][..], "needs an agent"),
     ] {
         p.apply(&[&["--canary", "1%"], keys].concat()).expect_code(3)?.expect_says(&[words])?;

@@ -7,16 +7,18 @@
 //! `THUNKS=FILE:FILE…` names the images (default: the C library that this test uses); `./ci/thunks` tries them all.
 #![allow(unsafe_code)]
 
+#[path = "thunks/stage.rs"]
+mod stage;
 mod support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use livepatch::addr::ProcAddr;
-use livepatch::insn::{original_thunk, OVERWRITTEN};
+use livepatch::insn::{original_thunk, whole_thunk, OVERWRITTEN};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
+use stage::Stage;
 
 /// Bytes of `jmp rel32`.
 const JUMP: u64 = 5;
@@ -28,6 +30,8 @@ struct Entry {
     /// Bytes that belong to the function.
     size: u64,
     code: Vec<u8>,
+    /// All of them, if some branch leads back to the entry.
+    looping: Vec<u8>,
 }
 
 fn entries(path: &Path) -> Vec<Entry> {
@@ -46,9 +50,13 @@ fn entries(path: &Path) -> Vec<Entry> {
         if code.starts_with(&[0xf3, 0x0f, 0x1e, 0xfa]) && size > 4 {
             (at, size, code) = (at + 4, size - 4, &code[4..]);
         }
+        let body = &code[..code.len().min(size as usize)];
+        let back =
+            |i: Instruction| is_near(&i) && i.flow_control() != FlowControl::Call && i.near_branch_target() == at;
+        let looping = if decode(body, at).any(back) { body.to_vec() } else { Vec::new() };
         let code = code[..code.len().min(OVERWRITTEN)].to_vec();
         let name = s.name().unwrap_or("?").to_owned();
-        out.entry(at).or_insert(Entry { name, at, size, code });
+        out.entry(at).or_insert(Entry { name, at, size, code, looping });
     }
     out.into_values().collect()
 }
@@ -175,209 +183,62 @@ fn compare(original: &[Instruction], thunk: &[Instruction]) -> Result<(), String
     }
 }
 
-/// A program that stands still, in which code is run step by step.
-struct Stage {
-    pid: i32,
-    /// What each linked address becomes.
-    bias: u64,
-    /// Where thunks are put: in the image's own code, which is not run.
-    spot: u64,
-    arena: u64,
-    registers: libc::user_regs_struct,
-    vectors: libc::user_fpregs_struct,
-    seed: u64,
-}
-
-/// Bytes of the memory that registers point into.
-const ARENA: usize = 16 << 10;
-
-/// How a run of a few instructions ended.
-#[derive(PartialEq)]
-struct End {
-    registers: Vec<u64>,
-    arena: Vec<u8>,
-    fault: bool,
-}
-
-fn ptrace(request: libc::c_uint, pid: i32, addr: usize, data: usize) -> libc::c_long {
-    // SAFETY: `addr` and `data` are numbers, or point to what the request reads or writes, alive for the call.
-    unsafe { libc::ptrace(request, pid, addr, data) }
-}
-
-impl Stage {
-    /// Starts what holds the image: the image itself, or a program that is linked to it.
-    fn start(image: &Path, spot: u64) -> Option<Self> {
-        use std::os::unix::process::CommandExt;
-        let is_library = image.file_name().is_some_and(|n| n.to_string_lossy().contains(".so"));
-        let mut command = Command::new(if is_library { Path::new("/bin/true") } else { image });
-        if is_library {
-            command.env("LD_PRELOAD", image);
-        }
-        // SAFETY: ptrace(2) with PTRACE_TRACEME takes nothing and may be called between fork and exec.
-        unsafe {
-            command.pre_exec(|| {
-                libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
-                Ok(())
-            })
-        };
-        let child = command.spawn().ok()?;
-        let mut stage = Self {
-            pid: child.id().cast_signed(),
-            bias: 0,
-            spot: 0,
-            arena: 0,
-            // SAFETY: numbers only.
-            registers: unsafe { std::mem::zeroed() },
-            // SAFETY: as above.
-            vectors: unsafe { std::mem::zeroed() },
-            seed: 0x9e37_79b9_7f4a_7c15,
-        };
-        stage.wait();
-        ptrace(libc::PTRACE_SETOPTIONS, stage.pid, 0, libc::PTRACE_O_EXITKILL as usize);
-        // A library is there once the loader has mapped it and goes on to the program.
-        for _ in 0..20_000 {
-            if let Some(base) = stage.base(image) {
-                stage.bias = base;
-                break;
+/// Holds a function that was moved whole against the function: the same instructions in the same order, each branch within it to the
+/// copy of where it led, all others to where they did.
+fn compare_whole(original: &[Instruction], moved: &[Instruction]) -> Result<(), String> {
+    let jump = moved.last().ok_or("nothing")?;
+    let behind = original.last().is_some_and(|o| is_near(jump) && jump.near_branch_target() == o.next_ip());
+    if original.len() + 1 != moved.len() || !behind {
+        return Err(format!("{} instructions became {}", original.len(), moved.len()));
+    }
+    let place = |to: u64| original.iter().position(|i| i.ip() == to);
+    for (o, m) in original.iter().zip(moved) {
+        let inner = Some(o).filter(|o| is_near(o)).and_then(|o| place(o.near_branch_target()));
+        let right = match inner {
+            Some(i) => {
+                let target = moved.get(i).map(Instruction::ip);
+                is_near(m) && m.mnemonic() == o.mnemonic() && Some(m.near_branch_target()) == target
             }
-            ptrace(libc::PTRACE_SYSCALL, stage.pid, 0, 0);
-            stage.wait();
+            None => same(o, m),
+        };
+        if !right {
+            return Err(format!("{o} became {m}"));
         }
-        stage.registers = stage.get();
-        stage.vectors = stage.get_vectors();
-        stage.spot = spot + stage.bias;
-        stage.arena = (stage.registers.rsp & !0xfff) - (48 << 10);
-        Some(stage)
     }
-
-    fn wait(&self) -> i32 {
-        let mut status = 0;
-        // SAFETY: the status is ours; the child is waited for here only.
-        unsafe { libc::waitpid(self.pid, &raw mut status, 0) };
-        status
-    }
-
-    /// Where the image is: when all of its segments are.
-    fn base(&self, image: &Path) -> Option<u64> {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).ok()?;
-        let path = std::fs::canonicalize(image).ok()?;
-        let of = |l: &&str| l.ends_with(path.to_str().unwrap_or_default());
-        let all: Vec<&str> = maps.lines().filter(of).collect();
-        // The data come last.
-        all.iter().find(|l| l.contains("rw-p"))?;
-        let bytes = std::fs::read(image).ok()?;
-        let file = object::File::parse(&*bytes).ok()?;
-        let start = u64::from_str_radix(all.first()?.split('-').next()?, 16).ok()?;
-        let pie = file.kind() == object::ObjectKind::Dynamic;
-        Some(if pie { start } else { 0 })
-    }
-
-    fn get(&self) -> libc::user_regs_struct {
-        // SAFETY: numbers only; the kernel fills it.
-        let mut regs: libc::user_regs_struct = unsafe { std::mem::zeroed() };
-        ptrace(libc::PTRACE_GETREGS, self.pid, 0, &raw mut regs as usize);
-        regs
-    }
-
-    fn get_vectors(&self) -> libc::user_fpregs_struct {
-        // SAFETY: numbers only; the kernel fills it.
-        let mut regs: libc::user_fpregs_struct = unsafe { std::mem::zeroed() };
-        ptrace(libc::PTRACE_GETFPREGS, self.pid, 0, &raw mut regs as usize);
-        regs
-    }
-
-    fn memory(&self) -> std::fs::File {
-        std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", self.pid)).unwrap()
-    }
-
-    fn random(&mut self) -> u64 {
-        self.seed ^= self.seed << 13;
-        self.seed ^= self.seed >> 7;
-        self.seed ^= self.seed << 17;
-        self.seed
-    }
-
-    /// Registers that point into the arena, or are small numbers; some flags.
-    fn state(&mut self) -> libc::user_regs_struct {
-        let mut regs = self.registers;
-        for i in 0..15 {
-            let r = self.random();
-            let value = if r.is_multiple_of(4) { r >> 58 } else { self.arena + 4096 + (r >> 16) % 8192 };
-            let slots = [
-                &mut regs.rax,
-                &mut regs.rbx,
-                &mut regs.rcx,
-                &mut regs.rdx,
-                &mut regs.rsi,
-                &mut regs.rdi,
-                &mut regs.rbp,
-                &mut regs.r8,
-                &mut regs.r9,
-                &mut regs.r10,
-                &mut regs.r11,
-                &mut regs.r12,
-                &mut regs.r13,
-                &mut regs.r14,
-                &mut regs.r15,
-            ];
-            *slots.into_iter().nth(i).unwrap() = value;
-        }
-        regs.rsp = self.arena + 8192 + 8;
-        regs.eflags = 0x202 | self.random() & 0x8d5;
-        // No system call to restart.
-        regs.orig_rax = u64::MAX;
-        regs
-    }
-
-    /// Runs from `at` while the program counter stays in `from..to`.
-    fn run(&self, regs: &libc::user_regs_struct, at: u64, inside: impl Fn(u64, u64) -> bool) -> Option<End> {
-        use std::os::unix::fs::FileExt;
-        let memory = self.memory();
-        let start: Vec<u8> = (0..ARENA).map(|i| (i * 7 % 251) as u8).collect();
-        memory.write_all_at(&start, self.arena).unwrap();
-        let regs = libc::user_regs_struct { rip: at, ..*regs };
-        ptrace(libc::PTRACE_SETREGS, self.pid, 0, &raw const regs as usize);
-        let mut vectors = self.vectors;
-        for (i, word) in vectors.xmm_space.iter_mut().enumerate() {
-            *word = (regs.rax as u32).rotate_left(i as u32);
-        }
-        ptrace(libc::PTRACE_SETFPREGS, self.pid, 0, &raw const vectors as usize);
-        let (mut before, mut fault) = (at, false);
-        for _ in 0..64 {
-            ptrace(libc::PTRACE_SINGLESTEP, self.pid, 0, 0);
-            let status = self.wait();
-            assert!(libc::WIFSTOPPED(status), "the stage is gone: {status:#x}");
-            fault = libc::WSTOPSIG(status) != libc::SIGTRAP;
-            let now = self.get();
-            if fault || !inside(before, now.rip) {
-                let mut arena = vec![0; ARENA];
-                memory.read_exact_at(&mut arena, self.arena).unwrap();
-                let rip = if fault { 0 } else { now.rip };
-                let flags = now.eflags & 0xcd5;
-                let r = now;
-                let v = self.get_vectors();
-                // Where the last x87 instruction stood is another place.
-                let vectors = v.xmm_space.iter().chain(&v.st_space).map(|w| u64::from(*w));
-                let control = [v.cwd, v.swd, v.ftw].into_iter().map(u64::from);
-                let registers = vec![
-                    r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
-                    r.r14, r.r15, rip, flags,
-                ];
-                let registers = registers.into_iter().chain(vectors).chain(control).collect();
-                return Some(End { registers, arena, fault });
-            }
-            before = now.rip;
-        }
-        let _ = fault;
-        None
-    }
+    Ok(())
 }
 
-impl Drop for Stage {
-    fn drop(&mut self) {
-        // SAFETY: our own child.
-        unsafe { libc::kill(self.pid, libc::SIGKILL) };
-        self.wait();
+/// Moves a looping function whole, holds the copy against it, and runs both.
+fn check_whole(e: &Entry, stage: &mut Stage, counts: &mut Counts) {
+    use std::os::unix::fs::FileExt;
+    let memory = stage.memory();
+    let at = ProcAddr(e.at + stage.bias);
+    let moved = match whole_thunk(ProcAddr(stage.spot), at, at, &e.looping) {
+        Ok(code) => code,
+        Err(why) => {
+            counts.whole_refused.push(format!("{} ({why})", e.name));
+            return;
+        }
+    };
+    let original: Vec<Instruction> = decode(&e.looping, at.0).collect();
+    if let Err(why) = compare_whole(&original, &decode(&moved, stage.spot).collect::<Vec<_>>()) {
+        counts.wrong.push(format!("{} at {:#x}, moved whole: {why}", e.name, e.at));
+        return;
+    }
+    counts.whole.0 += 1;
+    let mut there = vec![0; e.looping.len()];
+    let same = memory.read_exact_at(&mut there, at.0).is_ok() && there == e.looping;
+    if !same || original.iter().any(is_for_decoding_only) || memory.write_all_at(&moved, stage.spot).is_err() {
+        return;
+    }
+    let regs = stage.state();
+    let (body, copy) = (at.0..at.0 + e.looping.len() as u64, stage.spot..stage.spot + moved.len() as u64);
+    let first = stage.run(&regs, at.0, |_, now| body.contains(&now));
+    let second = stage.run(&regs, stage.spot, |_, now| copy.contains(&now));
+    let (Some(a), Some(b)) = (first, second) else { return };
+    counts.whole.1 += 1;
+    if a != b {
+        counts.wrong.push(format!("{} at {:#x}, moved whole, runs differently", e.name, e.at));
     }
 }
 
@@ -399,6 +260,9 @@ struct Counts {
     /// Thunks with one bit turned, and how many of these were told from what they should be.
     damaged: (usize, usize),
     refused: BTreeMap<String, Vec<String>>,
+    /// Functions whose loop goes back to the entry: moved whole and compared; run; refused.
+    whole: (usize, usize),
+    whole_refused: Vec<String>,
     wrong: Vec<String>,
 }
 
@@ -413,6 +277,10 @@ fn check(image: &Path) -> Counts {
     let memory = stage.memory();
     for e in &all {
         counts.functions += 1;
+        if !e.looping.is_empty() && !(room.0..room.0 + room.1).contains(&e.at) && (e.looping.len() as u64) * 6 < room.1
+        {
+            check_whole(e, &mut stage, &mut counts);
+        }
         let thunk = match original_thunk(ProcAddr(spot), ProcAddr(e.at), &e.code) {
             Ok(thunk) => thunk,
             Err(why) => {
@@ -515,6 +383,14 @@ fn a_thunk_does_what_the_code_did_that_it_was_made_from() {
             c.wrong.len(),
             c.damaged.1 as f64 * 100.0 / c.damaged.0 as f64,
             refused.join(", ")
+        );
+        println!(
+            "{:28} with a loop to the entry: {} moved whole, {} run beside the original, {} refused{}",
+            "",
+            c.whole.0,
+            c.whole.1,
+            c.whole_refused.len(),
+            c.whole_refused.first().map_or(String::new(), |f| format!(", such as {f}"))
         );
         c.wrong.iter().take(5).for_each(|w| println!("  WRONG {w}"));
         wrong += c.wrong.len();

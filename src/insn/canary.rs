@@ -28,6 +28,8 @@
 //! ...                         ; the overwritten instructions, moved, and on in the old function
 //! ```
 //!
+//! A body that branches back to its entry is moved whole ([`whole_thunk`]): its loop must not be judged anew in the middle of a call.
+//!
 //! Where the key is the session of a message, the arm was decided when its handling began, and a byte of the thread says which:
 //!
 //! ```text
@@ -43,10 +45,13 @@
 //! ...                         ; the overwritten instructions, moved, and on in the old function
 //! ```
 //!
+//! There a loop that comes back to the entry meets the same arm, for its message is the same; but it may have something in its red zone. So
+//! the stub of such a body begins with `lea rsp, [rsp-128]`, and both of its ways with the opposite.
+//!
 //! Between `which` and the share that it selects a call may see the one before: each is written whole before `which` changes, and that
 //! is one byte.
 
-use super::stub::{original_thunk, StubError, SwitchStub};
+use super::stub::{original_thunk, whole_thunk, StubError, SwitchStub};
 use crate::addr::ProcAddr;
 
 /// Room for one canary stub, in bytes.
@@ -117,18 +122,27 @@ pub fn canary_old_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
     session_old_way(at, code)
 }
 
-/// The stub at `at` for the entry jump at `entry`.
+/// A whole function that is moved, because its body branches back to its entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Whole<'c> {
+    /// Where it begins.
+    pub start: ProcAddr,
+    /// All of its code.
+    pub body: &'c [u8],
+}
+
+/// The stub at `at` for the entry jump at `entry`, whose code from there on begins with `code`; or the function is moved `whole`.
 ///
 /// # Errors
 ///
-/// The overwritten instructions cannot be moved, or something is out of reach.
+/// The overwritten instructions, or the function, cannot be moved, or something is out of reach.
 pub fn canary_stub(
     at: ProcAddr,
     words: ShareWords,
     (key, salt): (KeyArgument, u64),
     new: ProcAddr,
-    entry: ProcAddr,
-    code: &[u8],
+    (entry, code): (ProcAddr, &[u8]),
+    whole: Option<Whole<'_>>,
 ) -> Result<SwitchStub, StubError> {
     let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
     let relative = |end: u64, to: ProcAddr| {
@@ -161,8 +175,11 @@ pub fn canary_stub(
     out.extend(relative(at.0 + out.len() as u64 + 4, new)?);
     out.extend(BACK);
     let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
-    out.extend(original_thunk(thunk, entry, code)?);
-    if out.len() as u64 > CANARY_BYTES {
+    match whole {
+        None => out.extend(original_thunk(thunk, entry, code)?),
+        Some(Whole { start, body }) => out.extend(whole_thunk(thunk, start, entry, body)?),
+    }
+    if whole.is_none() && out.len() as u64 > CANARY_BYTES {
         return Err(far("it needs too much room"));
     }
     Ok(SwitchStub { code: out, ways: [at, thunk] })
@@ -173,11 +190,14 @@ const SESSION_START: [u8; 9] = [0x50, 0x9f, 0x0f, 0x90, 0xc0, 0x64, 0xf6, 0x04, 
 
 const SESSION_BACK: [u8; 4] = [0x04, 0x7f, 0x9e, 0x58];
 
-/// Where the way to the old function begins in it.
-const SESSION_OLD: usize = SESSION_START.len() + 4 + 1 + 2 + SESSION_BACK.len() + 5 + SESSION_BACK.len();
+/// Past the red zone: `lea rsp, [rsp-128]`.
+const DEEP: [u8; 5] = [0x48, 0x8d, 0x64, 0x24, 0x80];
+
+/// And back: `lea rsp, [rsp+128]`.
+const UP: [u8; 8] = [0x48, 0x8d, 0xa4, 0x24, 0x80, 0, 0, 0];
 
 /// The stub at `at` for the entry jump at `entry`: to `new` while the byte at `offset` from the thread's control block has the bit of `slot`.
-/// Both of its ways leave registers and flags as they were.
+/// Both of its ways leave registers and flags as they were; and the red zone, if the body `loops` back to its entry.
 ///
 /// # Errors
 ///
@@ -186,19 +206,20 @@ pub fn session_stub(
     at: ProcAddr,
     (offset, slot): (i32, u8),
     new: ProcAddr,
-    entry: ProcAddr,
-    code: &[u8],
+    (entry, code): (ProcAddr, &[u8]),
+    loops: bool,
 ) -> Result<SwitchStub, StubError> {
     let far = |why: &str| StubError::OutOfReach { at: entry, why: why.to_owned() };
-    let mut out = SESSION_START.to_vec();
+    let (down, up) = if loops { (&DEEP[..], &UP[..]) } else { (&[][..], &[][..]) };
+    let mut out = [down, &SESSION_START].concat();
     out.extend(offset.to_le_bytes());
     out.push(1u8.checked_shl(slot.into()).ok_or_else(|| far("there is no such slot"))?);
-    out.extend([0x74, SESSION_BACK.len() as u8 + 5]);
-    out.extend(SESSION_BACK);
+    out.extend([0x74, (SESSION_BACK.len() + up.len() + 5) as u8]);
+    out.extend([&SESSION_BACK, up].concat());
     out.push(0xe9);
     let distance = i128::from(new.0) - i128::from(at.0 + out.len() as u64 + 4);
     out.extend(i32::try_from(distance).map_err(|_| far("more than 2 GiB away"))?.to_le_bytes());
-    out.extend(SESSION_BACK);
+    out.extend([&SESSION_BACK, up].concat());
     let thunk = at.checked_add(out.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
     out.extend(original_thunk(thunk, entry, code)?);
     if out.len() as u64 > CANARY_BYTES {
@@ -208,8 +229,16 @@ pub fn session_stub(
 }
 
 fn session_old_way(at: ProcAddr, code: &[u8]) -> Option<ProcAddr> {
-    let back = code.get(SESSION_OLD - SESSION_BACK.len()..SESSION_OLD)?;
-    (code.starts_with(&SESSION_START) && back == SESSION_BACK).then(|| at.checked_add(SESSION_OLD as u64)).flatten()
+    /// An offset, a bit, a short branch.
+    const TEST: usize = 4 + 1 + 2;
+    let (down, up) = if code.starts_with(&DEEP) { (&DEEP[..], &UP[..]) } else { (&[][..], &[][..]) };
+    let back = [&SESSION_BACK, up].concat();
+    let new = down.len() + SESSION_START.len() + TEST;
+    let old = new + back.len() + 5;
+    let is_stub = code.get(down.len()..)?.starts_with(&SESSION_START)
+        && code.get(new..)?.starts_with(&back)
+        && code.get(old..)?.starts_with(&back);
+    is_stub.then(|| at.checked_add((old + back.len()) as u64)).flatten()
 }
 
 #[cfg(test)]
@@ -223,8 +252,8 @@ mod tests {
         let words = ShareWords { shares: ProcAddr(0x8078), which: ProcAddr(0x8080) };
         let key = KeyArgument::new(5).unwrap();
         let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
-        let stub =
-            canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        let stub = canary_stub(ProcAddr(0x9000), words, (key, 0x77), ProcAddr(0xa000), (ProcAddr(0x1000), &code), None)
+            .unwrap();
         assert_eq!(canary_old_way(ProcAddr(0x9000), &stub.code), Some(stub.ways[1]));
         let stub = stub.code;
         let mut formatter = iced_x86::IntelFormatter::new();
@@ -264,7 +293,7 @@ mod tests {
     fn a_session_stub_looks_at_one_byte() {
         let code = [0x55, 0x48, 0x89, 0xe5, 0x90];
         let at = ProcAddr(0x9000);
-        let stub = session_stub(at, (-0x1c, 3), ProcAddr(0xa000), ProcAddr(0x1000), &code).unwrap();
+        let stub = session_stub(at, (-0x1c, 3), ProcAddr(0xa000), (ProcAddr(0x1000), &code), false).unwrap();
         let mut formatter = iced_x86::IntelFormatter::new();
         let mut lines = Vec::new();
         for insn in Decoder::with_ip(64, &stub.code, at.0, DecoderOptions::NONE).iter() {
@@ -296,7 +325,24 @@ mod tests {
         assert_eq!(stub.ways, [at, ProcAddr(0x901d)]);
         assert_eq!(canary_old_way(at, &stub.code), Some(ProcAddr(0x901d)));
         assert_eq!(canary_old_way(at, &stub.code[1..]), None);
-        assert!(session_stub(at, (0, 8), ProcAddr(0xa000), ProcAddr(0x1000), &code).is_err());
+        assert!(session_stub(at, (0, 8), ProcAddr(0xa000), (ProcAddr(0x1000), &code), false).is_err());
+        let deep = session_stub(at, (-0x1c, 3), ProcAddr(0xa000), (ProcAddr(0x1000), &code), true).unwrap();
+        assert_eq!(canary_old_way(at, &deep.code), Some(deep.ways[1]));
+        let lines: Vec<String> = Decoder::with_ip(64, &deep.code, at.0, DecoderOptions::NONE)
+            .iter()
+            .map(|insn| {
+                let mut line = String::new();
+                formatter.format(&insn, &mut line);
+                line
+            })
+            .collect();
+        let up = "lea rsp,[rsp+80h]";
+        assert_eq!(lines[..2], ["lea rsp,[rsp-80h]", "push rax"]);
+        assert_eq!(
+            lines[5..11],
+            ["je short 0000000000009026h", "add al,7Fh", "sahf", "pop rax", up, "jmp 000000000000A000h"]
+        );
+        assert_eq!(lines[11..16], ["add al,7Fh", "sahf", "pop rax", up, "push rbp"]);
     }
 
     #[test]

@@ -190,6 +190,76 @@ pub fn original_thunk(at: ProcAddr, entry: ProcAddr, code: &[u8]) -> Result<Vec<
     Ok(BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).map_err(encoder)?.code_buffer)
 }
 
+/// The longest body that is moved whole, in bytes.
+pub const WHOLE_BODY_BYTES: usize = 2048;
+
+/// Room for a moved body: a short branch may have to become a long one, of at most three instructions.
+#[must_use]
+pub fn whole_bytes(body: usize) -> u64 {
+    6 * body as u64 + 16
+}
+
+/// A copy at `at` of a whole function whose loop goes back to its first instruction: branches within it stay within the copy, all others
+/// lead where they did. `body` stands at `start` and is entered at `entry`, which may be behind an `endbr64`.
+///
+/// Only what calls nothing: a call would return into the copy, of which no unwind table tells.
+///
+/// # Errors
+///
+/// It can't be moved.
+pub fn whole_thunk(at: ProcAddr, start: ProcAddr, entry: ProcAddr, body: &[u8]) -> Result<Vec<u8>, StubError> {
+    let far = |why: &str| StubError::OutOfReach { at: start, why: why.to_owned() };
+    if body.len() > WHOLE_BODY_BYTES {
+        return Err(far("the function branches back to its entry and is too long to be moved whole"));
+    }
+    let end = start.checked_add(body.len() as u64).ok_or_else(|| far("it is at the end of memory"))?;
+    let within = |to: u64| start.0 <= to && to < end.0;
+    let mut moved: Vec<Instruction> = Vec::new();
+    let mut decoder = Decoder::with_ip(64, body, start.0, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        let place = ProcAddr(decoder.ip());
+        let insn = decoder.decode();
+        if insn.is_invalid() {
+            return Err(StubError::Undecodable { at: place });
+        }
+        let movable = match insn.flow_control() {
+            FlowControl::Next | FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => true,
+            FlowControl::Return => true,
+            FlowControl::Exception => insn.code() == Code::Ud2,
+            // Where an indirect one leads, a table of the old body may say.
+            _ => false,
+        };
+        // A table or a constant inside of the function is no instruction of it.
+        let data = insn.is_ip_rel_memory_operand() && within(insn.ip_rel_memory_address());
+        if !movable || data {
+            return Err(StubError::Unmovable { at: place });
+        }
+        moved.push(insn);
+    }
+    let starts = |to: u64| moved.binary_search_by_key(&to, Instruction::ip).is_ok();
+    let near = |i: &&Instruction| i.op0_kind() == iced_x86::OpKind::NearBranch64 && within(i.near_branch_target());
+    if let Some(i) = moved.iter().filter(near).find(|i| !starts(i.near_branch_target())) {
+        return Err(StubError::Unmovable { at: ProcAddr(i.ip()) });
+    }
+    let first = moved.iter().position(|i| i.ip() == entry.0).ok_or(StubError::Undecodable { at: entry })?;
+    let encoder = |e: IcedError| StubError::OutOfReach { at: start, why: e.to_string() };
+    // Without its endbr64, which a loop may go back to.
+    let mut copy = moved.split_off(first);
+    for insn in &mut copy {
+        if insn.op0_kind() == iced_x86::OpKind::NearBranch64 && insn.near_branch_target() == start.0 {
+            insn.set_near_branch64(entry.0);
+        }
+    }
+    // What its last instruction falls into.
+    copy.push(Instruction::with_branch(Code::Jmp_rel32_64, end.0).map_err(encoder)?);
+    let block = InstructionBlock::new(&copy, at.0);
+    let code = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).map_err(encoder)?.code_buffer;
+    if code.len() as u64 > whole_bytes(body.len()) {
+        return Err(far("it needs too much room"));
+    }
+    Ok(code)
+}
+
 /// A call as a push of its return address and a jump.
 fn as_jump(call: &Instruction) -> Option<[Instruction; 3]> {
     let [low, high] = [call.next_ip() as u32, (call.next_ip() >> 32) as u32].map(u32::cast_signed);
@@ -276,6 +346,45 @@ mod tests {
         assert_eq!(thunk(&[0x06, 0, 0, 0, 0]), Err(StubError::Undecodable { at: ProcAddr(0x1000) }));
         // call [rsp+8]: the push would move it.
         assert_eq!(thunk(&[0x90, 0xff, 0x54, 0x24, 0x08]), at(0x1001));
+    }
+
+    #[test]
+    fn a_loop_stays_within_its_copy() {
+        let whole = |start, entry, code: &[u8]| {
+            whole_thunk(ProcAddr(0x9000), ProcAddr(start), ProcAddr(entry), code).map(|c| text(&c, 0x9000))
+        };
+        // add rax, [rdi]; add rdi, 8; dec rsi; jne the start; mov [rip+0x10], rax; jmp elsewhere
+        let body = [
+            0x48, 0x03, 0x07, 0x48, 0x83, 0xc7, 0x08, 0x48, 0xff, 0xce, 0x75, 0xf4, 0x48, 0x89, 0x05, 0x10, 0, 0, 0,
+            0xe9, 0, 1, 0, 0,
+        ];
+        let lines = whole(0x1000, 0x1000, &body).unwrap();
+        let expected = [
+            "add rax,[rdi]",
+            "add rdi,8",
+            "dec rsi",
+            "jne short 0000000000009000h",
+            "mov [1023h],rax",
+            "jmp 0000000000001118h",
+            "jmp 0000000000001018h",
+        ];
+        assert_eq!(lines, expected);
+        // endbr64; dec edi; jne the endbr64; ret
+        let endbr = [0xf3, 0x0f, 0x1e, 0xfa, 0xff, 0xcf, 0x75, 0xf8, 0xc3];
+        let lines = whole(0x1000, 0x1004, &endbr).unwrap();
+        assert_eq!(lines[..3], ["dec edi", "jne short 0000000000009000h", "ret"]);
+        // A branch over more than a short one reaches gets longer, and what follows moves on.
+        let mut long = vec![0xe3, 0x05, 0xff, 0xcf, 0x75, 0xfa, 0xc3];
+        long.extend([0x90; 200]);
+        assert!(whole(0x1000, 0x1000, &long).unwrap().contains(&"dec edi".to_owned()));
+        let at = |n| Err(StubError::Unmovable { at: ProcAddr(n) });
+        // nop; call; and nop; jmp rax; and nop; lea rax, [rip-3]
+        assert_eq!(whole(0x1000, 0x1000, &[0x90, 0xe8, 0, 1, 0, 0]), at(0x1001));
+        assert_eq!(whole(0x1000, 0x1000, &[0x90, 0xff, 0xe0]), at(0x1001));
+        assert_eq!(whole(0x1000, 0x1000, &[0x90, 0x48, 0x8d, 0x05, 0xfd, 0xff, 0xff, 0xff]), at(0x1001));
+        // Into the middle of an instruction.
+        assert_eq!(whole(0x1000, 0x1000, &[0x48, 0x03, 0x07, 0x75, 0xfc, 0xc3]), at(0x1003));
+        assert!(whole(0x1000, 0x1000, &[0x90; WHOLE_BODY_BYTES + 1]).is_err());
     }
 
     #[test]

@@ -168,7 +168,9 @@ impl Patcher {
         }
         let facts = self.check_code(image, patch, replaced.as_ref(), &mut noes);
         let previous = replaced.as_ref().map_or_else(Vec::new, |r| r.chain.clone());
-        noes.ask(plan::beside::check(patch, &facts, &options.of_apply()).map_err(Error::from))?;
+        noes.ask(
+            plan::beside::check(patch, &facts, &options.of_apply(), options.canary.is_some()).map_err(Error::from),
+        )?;
         noes.ask(check_keys(patch, options, self.session))?;
         let imports = self.imports(image, patch, &mut noes)?;
         let links = Links { bias: image.bias, imports, previous };

@@ -271,7 +271,8 @@ impl Patcher {
         if !leads.is_empty() {
             staged.set_led(true);
         }
-        let led = place.rewrite(staged.process(), &leads, windows.clone(), &mut retry);
+        let before_stubs = staged.before_stubs();
+        let led = place.rewrite(staged.process(), &leads, before_stubs, &mut retry);
         let mut longest = match led {
             Ok(times) => times,
             Err(e) => return Err(take_back(&place, staged, &leads, &hooks, e)),

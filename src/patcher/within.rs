@@ -117,7 +117,7 @@ impl Patcher {
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
         // A stub leads some calls to the new function and the others on in the old one: so nobody has to leave anything.
         let (old, new) = if options.canary.is_some() {
-            (staged.windows(), staged.windows_and_stubs())
+            (staged.before_stubs(), staged.windows_and_stubs())
         } else {
             (crate::transaction::relax(&consistency, staged.watched()), staged.watched_new())
         };

@@ -70,12 +70,12 @@ pub fn adapt<'p>(patch: &'p PatchFile, consistency: &Consistency) -> Cow<'p, Pat
     Cow::Owned(patch)
 }
 
-/// Whether the patch may be applied with this consistency. `facts` tells for each function what its old body is like.
+/// Whether the patch may be applied with this consistency, or as a canary. `facts` tells for each function what its old body is like.
 ///
 /// # Errors
 ///
 /// Why not.
-pub fn check(patch: &PatchFile, facts: &[OldFacts], consistency: &Consistency) -> Result<(), Refusal> {
+pub fn check(patch: &PatchFile, facts: &[OldFacts], consistency: &Consistency, canary: bool) -> Result<(), Refusal> {
     if let Consistency::StackBut(names) = consistency {
         let known = |n: &&String| !patch.manifest.functions.iter().any(|f| f.old.is_some() && f.demangled == **n);
         if let Some(name) = names.iter().find(known) {
@@ -86,6 +86,10 @@ pub fn check(patch: &PatchFile, facts: &[OldFacts], consistency: &Consistency) -
         return Ok(());
     }
     agree(patch).map_err(|why| Refusal::Beside { why })?;
+    if canary {
+        // A loop does not meet its stub, or meets the same arm.
+        return Ok(());
+    }
     // Its loop would go on in the new function, in the middle of a call of the old one.
     let left = patch.manifest.functions.iter().zip(facts).filter(|(f, _)| consistency.leaves(&f.demangled));
     let jumped = |f: &crate::patch::Function| f.old.as_ref().is_some_and(|o| o.entry.is_some());

@@ -29,6 +29,19 @@ pub struct Site {
     pub before: Jump,
     /// Where its new function is in the patch, or `None` if it only gets `original` back.
     pub new_at: Option<u64>,
+    /// The function, if its body branches back to the entry.
+    pub looping: Option<Loop>,
+}
+
+/// A function whose loop goes back to its first instruction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loop {
+    /// Where it begins.
+    pub start: ProcAddr,
+    /// All of its code.
+    pub body: Vec<u8>,
+    /// Whether parts of it lie elsewhere, and may branch into it.
+    pub companions: bool,
 }
 
 impl Site {
@@ -111,10 +124,17 @@ pub struct Stubs {
 #[must_use]
 pub fn stub_bytes(sites: &[Site], how: Switch<'_>) -> u64 {
     match (how, sites.len()) {
-        (Switch::Canary(_), n) => n as u64 * insn::CANARY_BYTES,
+        (Switch::Canary(canary), n) => n as u64 * canary_bytes(sites, canary),
         (_, 0) | (Switch::All, 1) => 0,
         (_, n) => (n + sites.iter().filter(|s| s.wants_back()).count()) as u64 * insn::STUB_BYTES,
     }
+}
+
+/// Bytes of each of a canary's stubs. With the session as its key no function is moved whole: a message has one arm, however often it loops.
+fn canary_bytes(sites: &[Site], canary: &CanaryRecord) -> u64 {
+    let moved = sites.iter().filter_map(|s| s.looping.as_ref()).filter(|_| canary.session.is_none());
+    let longest = moved.map(|l| insn::whole_bytes(l.body.len().min(insn::WHOLE_BODY_BYTES))).max().unwrap_or(0);
+    insn::CANARY_BYTES + longest.next_multiple_of(insn::CANARY_BYTES)
 }
 
 /// As long as what [`switch`] returns, before there is a layout.
@@ -147,6 +167,11 @@ pub fn entries(patch: &PatchFile, bias: LoadBias, facts: &[OldFacts]) -> Result<
             code: facts.overwritten.clone(),
             before: original,
             new_at: Some(f.new_at),
+            looping: facts.branches_to_entry.then(|| Loop {
+                start: f.old.as_ref().and_then(|o| bias.to_process(o.at)).unwrap_or_default(),
+                body: facts.looping.clone(),
+                companions: f.old.as_ref().is_some_and(|o| !o.companions.is_empty()),
+            }),
         });
     }
     Ok(out)
@@ -222,6 +247,7 @@ fn by_key(
 ) -> Result<(Vec<Written>, Stubs), Refusal> {
     let words = ShareWords { shares: ProcAddr(record.0 + SHARES_AT), which: ProcAddr(record.0 + WHICH_AT) };
     let (mut out, mut code) = (Vec::with_capacity(sites.len()), Vec::new());
+    let each = canary_bytes(sites, canary);
     for site in sites {
         let far = || Refusal::OutOfReach { at: site.at, to: layout.base };
         let argument = canary.keys.iter().find(|(f, _)| *f == site.function).and_then(|(_, n)| KeyArgument::new(*n));
@@ -230,17 +256,25 @@ fn by_key(
             return Err(no("it takes the place of another patch".into()));
         };
         let new = layout.base.checked_add(new_at).ok_or_else(far)?;
-        let at = layout.stub.checked_add(PAGE + code.len() as u64 * insn::CANARY_BYTES).ok_or_else(far)?;
+        let at = layout.stub.checked_add(PAGE + code.len() as u64 * each).ok_or_else(far)?;
+        let entry = (site.at, &*site.code);
         let built = match (canary.session, argument) {
-            (Some(s), _) => insn::session_stub(at, (s.offset, s.slot), new, site.at, &site.code),
-            (None, Some(key)) => insn::canary_stub(at, words, (key, canary.salt), new, site.at, &site.code),
+            (Some(s), _) => insn::session_stub(at, (s.offset, s.slot), new, entry, site.looping.is_some()),
+            (None, Some(_)) if site.looping.as_ref().is_some_and(|l| l.companions) => {
+                let why = "branches back to its entry, and parts of it lie elsewhere: it can't be moved whole";
+                return Err(no(format!("{} {why}", site.function)));
+            }
+            (None, Some(key)) => {
+                let whole = site.looping.as_ref().map(|l| insn::Whole { start: l.start, body: &l.body });
+                insn::canary_stub(at, words, (key, canary.salt), new, entry, whole)
+            }
             (None, None) => return Err(no(format!("no key tells the calls of {} apart", site.function))),
         };
         let built = built.map_err(immovable(site))?;
         code.push(built.code);
         out.push(Written { jump: jump(site.at, at)?, ways: Some(built.ways), ..Written::default() });
     }
-    Ok((out, Stubs { code, each: insn::CANARY_BYTES }))
+    Ok((out, Stubs { code, each }))
 }
 
 /// The edits that make `sites` what `to` chooses of what is written there.

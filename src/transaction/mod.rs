@@ -26,7 +26,7 @@ mod swap;
 
 pub use planned::{Planned, Replaced, Target};
 pub use record::relax;
-use record::{stubs, watch_new, windows};
+use record::{stubs, watch_loops, watch_new, windows};
 pub use revert::{Applied, Reverted};
 pub use swap::SwapError;
 
@@ -207,7 +207,17 @@ impl<'p, P: Process> Staged<'p, P> {
         windows(&self.planned.payload).collect()
     }
 
-    /// The same, with the switch stubs: for when they are to go.
+    /// The same, with what must not come to the stubs of a canary: a call whose loop goes back to the entry of the function that is left,
+    /// and whose key, in an argument register, is another by then. Later calls loop in the copy that the stub leads to.
+    #[must_use]
+    pub fn before_stubs(&self) -> Vec<Watched> {
+        let payload = &self.planned.payload;
+        let by_argument = payload.canary.as_ref().is_some_and(|c| c.session.is_none());
+        let loops = if by_argument { watch_loops(payload) } else { Vec::new() };
+        windows(payload).chain(loops).collect()
+    }
+
+    /// The windows, with the switch stubs: for when they are to go.
     #[must_use]
     pub fn windows_and_stubs(&self) -> Vec<Watched> {
         windows(&self.planned.payload).chain(stubs(&self.planned.payload)).collect()

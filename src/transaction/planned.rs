@@ -66,13 +66,22 @@ impl Replaced {
             let code = code(at)?;
             let original = code.first_chunk().copied()?;
             let before = jump(at).map_or(original, |j| j.expected);
-            entries.push(Site { function: r.name.clone(), at, original, code, before, new_at: Some(r.new_at) });
+            entries.push(Site {
+                function: r.name.clone(),
+                at,
+                original,
+                code,
+                before,
+                new_at: Some(r.new_at),
+                looping: None,
+            });
         }
         for given in &applied {
             if entries.iter().all(|s| s.at != given.at) {
                 let (function, before) = (given.function.clone(), given.expected);
                 let code = code(given.at)?;
-                entries.push(Site { function, at: given.at, original: given.new, code, before, new_at: None });
+                let original = given.new;
+                entries.push(Site { function, at: given.at, original, code, before, new_at: None, looping: None });
             }
         }
         Some(entries)

@@ -106,6 +106,13 @@ pub(super) fn watch_old(payload: &Payload) -> Vec<Watched> {
     out
 }
 
+/// Old bodies that branch back to their entry.
+pub(super) fn watch_loops(payload: &Payload) -> Vec<Watched> {
+    let loops = payload.functions.iter().filter_map(|f| Some((f, f.old.as_ref().filter(|o| o.branches_to_entry)?)));
+    let part = Part::Body { branches_to_entry: true };
+    loops.filter_map(|(f, o)| Some(Watched { name: f.demangled.clone(), range: o.body.range()?, part })).collect()
+}
+
 /// New functions, any place of which may be in the middle of a call, all entry windows and switch stubs.
 pub(super) fn watch_new(payload: &Payload) -> Vec<Watched> {
     let part = Part::Body { branches_to_entry: true };

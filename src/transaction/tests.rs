@@ -161,7 +161,7 @@ fn revert(p: &mut FakeProcess) -> Result<Reverted, TransactionError> {
 }
 
 fn facts() -> [OldFacts; 3] {
-    std::array::from_fn(|_| OldFacts { branches_to_entry: false, overwritten: BODY.to_vec() })
+    std::array::from_fn(|_| OldFacts { overwritten: BODY.to_vec(), ..OldFacts::default() })
 }
 
 fn planned(p: &FakeProcess) -> Planned {
