@@ -57,6 +57,7 @@ struct ArmShard {
     messages: AtomicU64,
     panics: AtomicU64,
     failed: AtomicU64,
+    ns: AtomicU64,
     took: [AtomicU64; BUCKETS],
 }
 
@@ -77,6 +78,7 @@ impl Slot {
                 messages: AtomicU64::new(0),
                 panics: AtomicU64::new(0),
                 failed: AtomicU64::new(0),
+                ns: AtomicU64::new(0),
                 took: zeros(),
             }
         }
@@ -178,6 +180,7 @@ impl Drop for Decided {
             arm.panics.fetch_add(panics, Ordering::Relaxed);
             if let Some(took) = took {
                 arm.took[tally::bucket(took)].fetch_add(1, Ordering::Relaxed);
+                arm.ns.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(0), Ordering::Relaxed);
             }
             if new {
                 own.handled.fetch_sub(1, Ordering::SeqCst);
@@ -295,7 +298,7 @@ pub(crate) fn open(slot: u8, Words { shares, which, salt }: Words) {
     place.salt.store(salt, Ordering::SeqCst);
     for shard in &place.shards {
         for arm in &shard.arms {
-            [&arm.messages, &arm.panics, &arm.failed]
+            [&arm.messages, &arm.panics, &arm.failed, &arm.ns]
                 .into_iter()
                 .chain(&arm.took)
                 .for_each(|n| n.store(0, Ordering::Relaxed));
@@ -335,6 +338,7 @@ pub fn tallies(slot: u8) -> [Tally; 2] {
             out.all += from.messages.load(Ordering::Relaxed);
             out.panics += from.panics.load(Ordering::Relaxed);
             out.failed += from.failed.load(Ordering::Relaxed);
+            out.ns += from.ns.load(Ordering::Relaxed);
             out.took.iter_mut().zip(&from.took).for_each(|(sum, n)| *sum += n.load(Ordering::Relaxed));
         }
         out

@@ -21,13 +21,15 @@ pub struct Tally {
     pub failed: u64,
     /// How often it panicked.
     pub panics: u64,
+    /// How long all that were timed took together, in nanoseconds.
+    pub ns: u64,
     /// How long it took, by [`bucket`]; of those that were timed.
     pub took: [u64; BUCKETS],
 }
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { all: 0, failed: 0, panics: 0, took: [0; BUCKETS] }
+        Self { all: 0, failed: 0, panics: 0, ns: 0, took: [0; BUCKETS] }
     }
 }
 
@@ -41,6 +43,7 @@ impl Tally {
             all: self.all.saturating_sub(before.all),
             failed: self.failed.saturating_sub(before.failed),
             panics: self.panics.saturating_sub(before.panics),
+            ns: self.ns.saturating_sub(before.ns),
             took,
         }
     }

@@ -179,16 +179,27 @@ impl Log {
         metric("arm_messages_total", "counter", "Messages that an arm of a canary by session has handled.", &messages);
         metric("arm_failed_total", "counter", "Those that failed.", &arms(&|a| single(a.failed)));
         metric("arm_panics_total", "counter", "Those that panicked.", &arms(&|a| single(a.panics)));
-        let times = arms(&|a| {
-            let quantiles = [(",quantile=\"0.5\"", a.p50_ns), (",quantile=\"0.99\"", a.p99_ns)];
-            let seconds = quantiles.into_iter().map(|(label, ns)| (label, ns as f64 / 1e9));
-            if a.timed == 0 {
-                Vec::new()
-            } else {
-                seconds.collect()
+        let _ = writeln!(out, "# HELP livepatch_arm_seconds How long messages took, of those that were timed.");
+        let _ = writeln!(out, "# TYPE livepatch_arm_seconds histogram");
+        for p in &applied {
+            let tallies = p.slot.filter(|_| p.arms.is_some()).map(crate::session::tallies);
+            for (arm, tally) in tallies.iter().flat_map(|[old, new]| [("old", old), ("new", new)]) {
+                let labels = format!("patch=\"{}\",arm=\"{arm}\"", named(p));
+                let mut below = 0;
+                for (i, n) in tally.took.iter().enumerate() {
+                    below += n;
+                    // From a quarter of a microsecond to a minute; what lies outside is in the next one.
+                    if (8..=36).contains(&i) {
+                        let bound = 2f64.powi(i32::try_from(i).unwrap_or(0)) / 1e9;
+                        let _ = writeln!(out, "livepatch_arm_seconds_bucket{{{labels},le=\"{bound}\"}} {below}");
+                    }
+                }
+                let (sum, all) = (tally.ns as f64 / 1e9, tally.timed());
+                let _ = writeln!(out, "livepatch_arm_seconds_bucket{{{labels},le=\"+Inf\"}} {all}");
+                let _ = writeln!(out, "livepatch_arm_seconds_sum{{{labels}}} {sum}");
+                let _ = writeln!(out, "livepatch_arm_seconds_count{{{labels}}} {all}");
             }
-        });
-        metric("arm_seconds", "gauge", "How long a message took, at most, since the canary began.", &times);
+        }
         out
     }
 }

@@ -8,6 +8,7 @@ use livepatch::patcher::Patcher;
 use livepatch::plan::beside::Consistency;
 use livepatch::process::Pid;
 
+use super::watch::WatchArgs;
 use super::{policy, text, usage};
 
 #[derive(Parser)]
@@ -17,7 +18,7 @@ use super::{policy, text, usage};
     about = "Patches a running Linux x86-64 process, and takes it back",
     after_help = "Example:\n  patch-builder old-build new-build -o fix.so\n  livepatch apply 4711 fix.so\n  livepatch revert 4711\n\n\
         Exit codes: 0 done, 1 error, 2 usage, 3 refused, 4 not quiescent before the timeout,\n\
-        6 no such process, no permission or another tracer"
+        5 a gate did not pass, 6 no such process, no permission or another tracer"
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -55,8 +56,12 @@ pub enum Command {
     /// Finishes or undoes what an interrupted command left.
     #[command(after_help = "Example:\n  livepatch recover 4711")]
     Recover(RecoverArgs),
-    #[command(hide = true)]
-    Watch(Rest),
+    /// Watches a process for a while: exit 0 only if every gate passed.
+    #[command(
+        after_help = "Example:\n  livepatch watch 4711 --for 60s --metrics http://127.0.0.1:9881/metrics --save before.json\n  livepatch apply 4711 fix.so\n  livepatch watch 4711 --for 60s --metrics http://127.0.0.1:9881/metrics --baseline before.json \\\n      --max-rss-growth 1M --latency gateway_order_latency_seconds --max-p99-ratio 1.2\n\n\
+            Exit codes: 0 every gate passed; 5 one failed, was inconclusive, in error or without data; 6 no such process"
+    )]
+    Watch(Box<WatchArgs>),
     #[command(hide = true)]
     Console(Rest),
     /// Writes what gdb and perf need to name a patch's functions.

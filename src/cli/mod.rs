@@ -18,6 +18,7 @@ mod confirm;
 mod debug;
 mod policy;
 mod text;
+mod watch;
 mod ways;
 
 const USAGE: u8 = 2;
@@ -32,7 +33,7 @@ pub fn main() -> ExitCode {
         Command::Canary(a) => canary::main(&a),
         Command::Confirm(a) => confirm::confirm(&a),
         Command::Recover(a) => recover(&a),
-        Command::Watch(_) => absent("watch"),
+        Command::Watch(a) => watch::watch(&a),
         Command::Console(_) => absent("console"),
         Command::Symbols(a) => debug::symbols(&a),
     };
