@@ -123,7 +123,13 @@ fn a_version_answers_until_another_does_and_both_ways_lead_back() {
 fn what_keeps_the_interface_is_loaded() {
     let built = Built::new("accepted");
     let handle = Handle::<DeskTable>::new();
-    for cfgs in [&["v2"][..], &["new_function"], &["mutable_static", "declared"], &["thread_local", "declared"], &["constructor", "declared"]] {
+    for cfgs in [
+        &["v2"][..],
+        &["new_function"],
+        &["mutable_static", "declared"],
+        &["thread_local", "declared"],
+        &["constructor", "declared"],
+    ] {
         let id = handle.load(&built.desk(cfgs)).unwrap_or_else(|e| panic!("{cfgs:?}: {e}"));
         handle.switch(id).unwrap();
         assert!(handle.enter(0).fee(&ORDER, 250) >= 126);
@@ -135,10 +141,18 @@ fn what_does_not_keep_it_is_refused_by_name() {
     let built = Built::new("refused");
     let handle = Handle::<DeskTable>::new();
     for (cfg, program, module) in [
-        ("param_added", "fn fee(order: &Order, rate: i64) -> i64", "fn fee(order: &Order, rate: i64, minimum: i64) -> i64"),
+        (
+            "param_added",
+            "fn fee(order: &Order, rate: i64) -> i64",
+            "fn fee(order: &Order, rate: i64, minimum: i64) -> i64",
+        ),
         ("method_inserted", "fn count() -> u64", "fn tax(order: &Order) -> i64"),
         ("method_reordered", "fn version() -> u64", "fn version() -> u64"),
-        ("member_reordered", "type Order 24 8 { qty: i64 @0, price: i64 @8, side: Side @16 }", "type Order 24 8 { price: i64 @0, qty: i64 @8, side: Side @16 }"),
+        (
+            "member_reordered",
+            "type Order 24 8 { qty: i64 @0, price: i64 @8, side: Side @16 }",
+            "type Order 24 8 { price: i64 @0, qty: i64 @8, side: Side @16 }",
+        ),
     ] {
         match refusal(&handle, &built.desk(&[cfg])) {
             Refusal::Interface(d) => {
@@ -149,7 +163,9 @@ fn what_does_not_keep_it_is_refused_by_name() {
         }
     }
     assert_eq!(refusal(&handle, &built.desk(&["mutable_static"])), Refusal::Static("desk::SEEN".into()));
-    assert!(matches!(refusal(&handle, &built.desk(&["thread_local"])), Refusal::ThreadLocal(name) if name.starts_with("desk::LAST")));
+    assert!(
+        matches!(refusal(&handle, &built.desk(&["thread_local"])), Refusal::ThreadLocal(name) if name.starts_with("desk::LAST"))
+    );
     assert_eq!(refusal(&handle, &built.desk(&["constructor"])), Refusal::Constructor("desk::eager".into()));
     assert_eq!(refusal(&handle, &built.desk(&["no_factory"])), Refusal::NoFactory);
     match handle.load(&built.desk(&["unwilling"])) {
@@ -163,7 +179,9 @@ fn what_does_not_keep_it_is_refused_by_name() {
 
     let good = std::fs::read(built.desk(&[])).unwrap();
     let damaged = built.dir.join("damaged.so");
-    for (bytes, name) in [(&b"#!/bin/sh"[..], "no ELF"), (&[], "empty"), (&good[..good.len() / 2], "half"), (&good[..100], "head")] {
+    for (bytes, name) in
+        [(&b"#!/bin/sh"[..], "no ELF"), (&[], "empty"), (&good[..good.len() / 2], "half"), (&good[..100], "head")]
+    {
         std::fs::write(&damaged, bytes).unwrap();
         assert!(matches!(refusal(&handle, &damaged), Refusal::NotALibrary(_)), "{name}");
     }
@@ -175,7 +193,8 @@ fn what_does_not_keep_it_is_refused_by_name() {
 fn damaged_files_are_errors() {
     let built = Built::new("damaged");
     let good = std::fs::read(built.desk(&[])).unwrap();
-    let program = livepatch::module::Description::parse(<DeskTable as livepatch::module::Table>::text().as_bytes()).unwrap();
+    let program =
+        livepatch::module::Description::parse(<DeskTable as livepatch::module::Table>::text().as_bytes()).unwrap();
     livepatch::module::check(&good, &program).unwrap();
     let mut seed = 1u64;
     let mut random = || {

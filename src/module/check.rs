@@ -42,7 +42,9 @@ pub enum Refusal {
     #[error("it has a constructor that it does not declare: {0} runs at load, before the module is asked for anything (allow \"constructor {0}\")")]
     Constructor(String),
     /// It runs code when it is unloaded.
-    #[error("it has a destructor that it does not declare: {0} runs when the module is released (allow \"destructor {0}\")")]
+    #[error(
+        "it has a destructor that it does not declare: {0} runs when the module is released (allow \"destructor {0}\")"
+    )]
     Destructor(String),
     /// It needs a library, whose constructors would run.
     #[error("it needs a library that it does not declare: {0} (allow \"library {0}\")")]
@@ -112,7 +114,8 @@ pub fn check(file: &[u8], program: &Description) -> Result<Description, Refusal>
         return Err(Refusal::Interface(difference));
     }
     let defined = |s: &Sym| s.st_shndx != 0;
-    let is_factory = |s: &Sym| defined(s) && s.st_type() == STT_FUNC && elf.dynstrtab.get_at(s.st_name) == Some(FACTORY);
+    let is_factory =
+        |s: &Sym| defined(s) && s.st_type() == STT_FUNC && elf.dynstrtab.get_at(s.st_name) == Some(FACTORY);
     if !elf.dynsyms.iter().any(|s| is_factory(&s)) {
         return Err(Refusal::NoFactory);
     }
@@ -193,13 +196,23 @@ impl<'a> File<'a> {
 
     fn function_at(&self, at: u64) -> String {
         let code = |s: &&Named<'_>| matches!(s.kind, STT_FUNC | STT_GNU_IFUNC) && s.at == at;
-        self.symbols.iter().find(code).map_or_else(|| format!("a function without a name at {at:#x}"), |s| s.name.to_owned())
+        self.symbols
+            .iter()
+            .find(code)
+            .map_or_else(|| format!("a function without a name at {at:#x}"), |s| s.name.to_owned())
     }
 
     fn code_that_runs_by_itself(&self, text: &Description) -> Result<(), Refusal> {
-        let arrays = [(SHT_INIT_ARRAY, "frame_dummy", "constructor"), (SHT_FINI_ARRAY, "__do_global_dtors_aux", "destructor")];
+        let arrays =
+            [(SHT_INIT_ARRAY, "frame_dummy", "constructor"), (SHT_FINI_ARRAY, "__do_global_dtors_aux", "destructor")];
         for (kind, startup, word) in arrays {
-            let refuse = |name: String| if word == "constructor" { Refusal::Constructor(name) } else { Refusal::Destructor(name) };
+            let refuse = |name: String| {
+                if word == "constructor" {
+                    Refusal::Constructor(name)
+                } else {
+                    Refusal::Destructor(name)
+                }
+            };
             for section in self.elf.section_headers.iter().filter(|s| s.sh_type == kind) {
                 let inside = |at: u64| at >= section.sh_addr && at - section.sh_addr < section.sh_size;
                 let mut count = 0;
@@ -223,13 +236,15 @@ impl<'a> File<'a> {
                 }
             }
         }
-        for (name, refuse) in [(".init", Refusal::Constructor as fn(String) -> Refusal), (".fini", Refusal::Destructor)] {
+        for (name, refuse) in [(".init", Refusal::Constructor as fn(String) -> Refusal), (".fini", Refusal::Destructor)]
+        {
             let long = |s: &&SectionHeader| self.section_name(s) == name && s.sh_size > MAX_INIT_BYTES;
             if self.elf.section_headers.iter().any(|s| long(&s)) {
                 return Err(refuse(format!("code in {name}")));
             }
         }
-        let chooses = self.elf.dynrelas.iter().chain(self.elf.pltrelocs.iter()).find(|r| r.r_type == R_X86_64_IRELATIVE);
+        let chooses =
+            self.elf.dynrelas.iter().chain(self.elf.pltrelocs.iter()).find(|r| r.r_type == R_X86_64_IRELATIVE);
         if let Some(r) = chooses {
             return Err(Refusal::Constructor(spelled(&self.function_at(r.r_addend.unwrap_or(0) as u64))));
         }
@@ -248,7 +263,8 @@ impl<'a> File<'a> {
                 continue;
             }
             let relro = constant.iter().any(|r| r.contains(&(section.sh_addr as usize)));
-            if !local && (relro || name.starts_with(".data.rel.ro") || [".got", ".got.plt", ".dynamic"].contains(&name)) {
+            if !local && (relro || name.starts_with(".data.rel.ro") || [".got", ".got.plt", ".dynamic"].contains(&name))
+            {
                 continue;
             }
             let (kind, base) = if local { (STT_TLS, thread_base) } else { (STT_OBJECT, 0) };
@@ -258,7 +274,9 @@ impl<'a> File<'a> {
             let slack = section.sh_addralign.clamp(16, 64);
             let mut covered = section.sh_addr;
             for s in self.symbols.iter().filter(|s| s.kind == kind) {
-                let Some(at) = s.at.checked_add(base).filter(|at| (section.sh_addr..end).contains(at)) else { continue };
+                let Some(at) = s.at.checked_add(base).filter(|at| (section.sh_addr..end).contains(at)) else {
+                    continue;
+                };
                 let shown = spelled(s.name);
                 if !is_runtime(s.name) && !is_startup(s.name) && !text.allows(word, &shown) {
                     return Err(refuse(shown));

@@ -181,7 +181,11 @@ impl<T: Table> Handle<T> {
     pub fn new() -> Self {
         let program = Description::parse(T::text().as_bytes()).expect("the program's own text");
         let inner = Arc::new(Inner {
-            arms: AtomicPtr::new(Box::into_raw(Box::new(Arms { salt: 0, list: Vec::new(), left: AtomicBool::new(false) }))),
+            arms: AtomicPtr::new(Box::into_raw(Box::new(Arms {
+                salt: 0,
+                list: Vec::new(),
+                left: AtomicBool::new(false),
+            }))),
             collector: Collector::new().batch_size(1),
             state: Mutex::default(),
             wake: Condvar::new(),
@@ -234,7 +238,8 @@ impl<T: Table> Handle<T> {
             state.versions.get(first)?.alive.clone()?
         };
         let form = form.unwrap_or(from.instance.state);
-        std::thread::scope(|scope| scope.spawn(|| load::save(&from, form)).join().ok().flatten()).map(|bytes| (form, bytes))
+        std::thread::scope(|scope| scope.spawn(|| load::save(&from, form)).join().ok().flatten())
+            .map(|bytes| (form, bytes))
     }
 
     /// On a thread of its own.
@@ -418,7 +423,8 @@ fn keep(inner: &Inner) {
             break;
         }
         // SAFETY: made by `Box`, freed here only, after seize's last touch.
-        let gone: Vec<*mut Arms> = state.retired.extract_if(.., |a| unsafe { (**a).left.load(Ordering::Acquire) }).collect();
+        let gone: Vec<*mut Arms> =
+            state.retired.extract_if(.., |a| unsafe { (**a).left.load(Ordering::Acquire) }).collect();
         // SAFETY: as above.
         gone.into_iter().for_each(|a| drop(unsafe { Box::from_raw(a) }));
         let mut ended = Vec::new();

@@ -160,7 +160,8 @@ pub(super) fn load(kept: &Kept, saved: Option<Saved<'_>>) -> Result<Loaded, Load
     }
     // SAFETY: the symbol is a function of this type: the text says that the module was made by `export!` of this version.
     let factory: Factory = unsafe { std::mem::transmute::<*mut c_void, Factory>(factory) };
-    let (bytes, len, version) = saved.map_or((std::ptr::null(), 0, 0), |s| (s.bytes.as_ptr(), s.bytes.len(), s.version));
+    let (bytes, len, version) =
+        saved.map_or((std::ptr::null(), 0, 0), |s| (s.bytes.as_ptr(), s.bytes.len(), s.version));
     let (mut instance, mut why) = (std::mem::MaybeUninit::<Instance>::uninit(), Message::default());
     // SAFETY: `bytes` leads to `len` bytes, and the others are this function's own.
     if !unsafe { factory(bytes, len, version, instance.as_mut_ptr(), &mut why) } {

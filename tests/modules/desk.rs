@@ -89,7 +89,11 @@ impl Own {
 
 impl Desk for Own {
     fn version(&self) -> u64 {
-        if cfg!(v2) { 2 } else { 1 }
+        if cfg!(v2) {
+            2
+        } else {
+            1
+        }
     }
 
     fn fee(&self, order: &Order, rate: i64, #[cfg(param_added)] minimum: i64) -> i64 {
@@ -105,7 +109,11 @@ impl Desk for Own {
         #[cfg(new_function)]
         let fee = Self::rounded(fee);
         let side = if order.side == Side::Sell { 1 } else { 0 };
-        if cfg!(v2) { fee + side + 2 } else { fee + side }
+        if cfg!(v2) {
+            fee + side + 2
+        } else {
+            fee + side
+        }
     }
 
     fn count(&self) -> u64 {

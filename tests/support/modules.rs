@@ -27,6 +27,9 @@ pub fn desk(dir: &Path, interface: &Path, name: &str, cfgs: &[&str], more: &[&st
     let mut rustc = Command::new("rustc");
     rustc.args(["--edition", "2021", "--crate-name", "desk", "--crate-type", "cdylib", "-O", "--cap-lints", "allow"]);
     cfgs.iter().for_each(|c| drop(rustc.args(["--cfg", c])));
-    run(rustc.args(more).args(["--extern", &external, "-o"]).args([&out, &super::root().join("tests/modules/desk.rs")]));
+    run(rustc
+        .args(more)
+        .args(["--extern", &external, "-o"])
+        .args([&out, &super::root().join("tests/modules/desk.rs")]));
     out
 }

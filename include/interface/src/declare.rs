@@ -146,8 +146,12 @@ macro_rules! interface {
 #[doc(hidden)]
 #[macro_export]
 macro_rules! result {
-    () => { () };
-    ($ty:ty) => { $ty };
+    () => {
+        ()
+    };
+    ($ty:ty) => {
+        $ty
+    };
 }
 
 /// Makes a `cdylib` a module: `export!(Desk: PricingTable)`, with what it declares of itself behind it, as

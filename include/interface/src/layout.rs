@@ -255,7 +255,9 @@ impl<const N: usize> Out<N> {
             Shape::Plain => return self,
             Shape::Pointer { to, .. } => return self.types(to),
             Shape::Array { of, .. } => return self.types(of),
-            _ => self.put("type ").name(layout).put(" ").number(layout.size as i64).put(" ").number(layout.align as i64),
+            _ => {
+                self.put("type ").name(layout).put(" ").number(layout.size as i64).put(" ").number(layout.align as i64)
+            }
         };
         match &layout.shape {
             Shape::Struct(fields) => {
