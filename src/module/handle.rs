@@ -87,6 +87,8 @@ struct Known {
     kept: Kept,
     alive: Option<Arc<Loaded>>,
     leaving: bool,
+    /// The keeper is at it.
+    ending: bool,
     saved: Option<(u32, Vec<u8>)>,
     /// The version of its state.
     state: u32,
@@ -112,6 +114,7 @@ struct Inner {
     collector: Collector,
     state: Mutex<State>,
     wake: Condvar,
+    ended: Condvar,
 }
 
 // SAFETY: the pointers lead to `Arms`, which threads share: its objects may be used by any thread (`Module: Send + Sync`), and it is freed
@@ -189,6 +192,7 @@ impl<T: Table> Handle<T> {
             collector: Collector::new().batch_size(1),
             state: Mutex::default(),
             wake: Condvar::new(),
+            ended: Condvar::new(),
         });
         let own = Arc::clone(&inner);
         let keeper = std::thread::Builder::new().name("livepatch-modules".into()).spawn(move || keep(&own));
@@ -225,7 +229,8 @@ impl<T: Table> Handle<T> {
         let mut state = self.inner.state.lock();
         let id = VersionId(state.versions.keys().last().map_or(1, |last| last.0 + 1));
         let version = loaded.instance.state;
-        let known = Known { kept, alive: Some(Arc::new(loaded)), leaving: false, saved: None, state: version };
+        let known =
+            Known { kept, alive: Some(Arc::new(loaded)), leaving: false, ending: false, saved: None, state: version };
         state.versions.insert(id, known);
         Ok(id)
     }
@@ -275,6 +280,9 @@ impl<T: Table> Handle<T> {
     /// As [`switch`](Self::switch); nobody is to be led to a version that is not there.
     pub fn weigh(&self, shares: &[(VersionId, u32)]) -> Result<(), LoadError> {
         let _changing = self.changing.lock();
+        if shares.is_empty() {
+            return Err(LoadError::NotLoaded(VersionId(0)));
+        }
         for (id, _) in shares {
             self.revive(*id)?;
         }
@@ -307,6 +315,9 @@ impl<T: Table> Handle<T> {
     fn revive(&self, id: VersionId) -> Result<(), LoadError> {
         let wanted = {
             let mut state = self.inner.state.lock();
+            while state.versions.get(&id).is_some_and(|k| k.ending) {
+                self.inner.ended.wait(&mut state);
+            }
             let known = state.versions.get_mut(&id).ok_or(LoadError::NotLoaded(id))?;
             known.leaving = false;
             if known.alive.is_some() {
@@ -347,12 +358,13 @@ impl<T: Table> Handle<T> {
     ///
     /// # Errors
     ///
-    /// Calls are led to it, or there is none; or its last call has not left.
+    /// Calls are led to it, or there is none; or its last call has not left, or its library is still mapped.
     pub fn forget(&self, id: VersionId) -> Result<(), LoadError> {
         let _changing = self.changing.lock();
         let mut state = self.inner.state.lock();
         let known = state.versions.get(&id).ok_or(LoadError::NotLoaded(id))?;
-        if known.alive.is_some() {
+        // What is still mapped has a name in the linker's list, which is that of the descriptor: nobody else may get the descriptor.
+        if known.alive.is_some() || known.ending || known.kept.is_mapped() {
             return Err(LoadError::InUse(id));
         }
         state.versions.remove(&id);
@@ -431,7 +443,7 @@ fn keep(inner: &Inner) {
         for (id, known) in &mut state.versions {
             if known.leaving && known.alive.as_ref().is_some_and(|a| Arc::strong_count(a) == 1) {
                 ended.extend(known.alive.take().map(|loaded| (*id, loaded)));
-                known.leaving = false;
+                (known.leaving, known.ending) = (false, true);
             }
         }
         let looks = state.waits();
@@ -440,8 +452,9 @@ fn keep(inner: &Inner) {
             let saved = load::save(&loaded, loaded.instance.state).map(|bytes| (loaded.instance.state, bytes));
             drop(loaded);
             if let Some(known) = inner.state.lock().versions.get_mut(&id) {
-                known.saved = saved;
+                (known.saved, known.ending) = (saved, false);
             }
+            inner.ended.notify_all();
         }
         if looks {
             std::thread::sleep(LOOK);

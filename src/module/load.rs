@@ -152,6 +152,9 @@ pub(super) fn load(kept: &Kept, saved: Option<Saved<'_>>) -> Result<Loaded, Load
         return Err(linker(linker_words()));
     }
     let library = Library(library);
+    if !kept.is_mapped() {
+        return Err(linker("the dynamic linker answers with a library that it had already".into()));
+    }
     let name = CString::new(FACTORY).map_err(|e| linker(e.to_string()))?;
     // SAFETY: a library that is loaded, and a string of C.
     let factory = unsafe { libc::dlsym(library.0, name.as_ptr()) };
