@@ -78,8 +78,10 @@ impl Refusal {
     }
 }
 
-/// Crates of Rust's runtime, which every module brings along: what they keep is caches, and counts of panics and threads.
-const RUNTIME: [&str; 7] = ["std", "core", "alloc", "panic_unwind", "panic_abort", "std_detect", "compiler_builtins"];
+/// Crates of Rust's runtime, which every module brings along: what they keep is caches, and counts of panics and threads. `memchr` is
+/// std's own copy; where a module has another, what it keeps is which implementation fits the processor.
+const RUNTIME: [&str; 8] =
+    ["std", "core", "alloc", "panic_unwind", "panic_abort", "std_detect", "compiler_builtins", "memchr"];
 
 /// Objects of the C runtime's start files and of compilers.
 const STARTUP: [&str; 4] = ["__dso_handle", "__TMC_END__", "__EH_FRAME_BEGIN__", "__FRAME_END__"];
@@ -305,7 +307,7 @@ fn spelled(name: &str) -> String {
 
 fn is_startup(name: &str) -> bool {
     let numbered = name.strip_prefix("completed.").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
-    numbered || STARTUP.contains(&name) || name.starts_with("DW.ref.")
+    numbered || STARTUP.contains(&name) || name.starts_with("DW.ref.") || name.starts_with("_rust_extern_with_linkage_")
 }
 
 /// Whether a symbol's crate is Rust's own. C++ has a namespace `std`, too, but never Rust's mangling.
