@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use livepatch::module::{describe, interface, Handle, LoadError, Refusal, VersionId};
 
+/// As in tests/modules/desk.rs.
 #[repr(C)]
 pub struct Order {
     qty: i64,
@@ -16,11 +17,14 @@ pub struct Order {
 }
 describe! { struct Order { qty: i64, price: i64, side: Side } }
 
+/// As there.
 #[repr(u8)]
 #[allow(dead_code)] // a module may be asked for either
 #[derive(Clone, Copy)]
 pub enum Side {
+    /// 1
     Buy,
+    /// 2
     Sell,
 }
 describe! { enum Side { Buy, Sell } }

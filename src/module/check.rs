@@ -84,7 +84,7 @@ const RUNTIME: [&str; 8] =
     ["std", "core", "alloc", "panic_unwind", "panic_abort", "std_detect", "compiler_builtins", "memchr"];
 
 /// Objects of the C runtime's start files and of compilers.
-const STARTUP: [&str; 4] = ["__dso_handle", "__TMC_END__", "__EH_FRAME_BEGIN__", "__FRAME_END__"];
+const STARTUP: [&str; 5] = ["__dso_handle", "__TMC_LIST__", "__TMC_END__", "__EH_FRAME_BEGIN__", "__FRAME_END__"];
 
 /// Libraries that belong to the runtime.
 const LIBRARIES: [&str; 8] = [

@@ -224,7 +224,8 @@ impl<T: Table> Handle<T> {
         }
         let text = check(&bytes, &self.program).map_err(|why| LoadError::Refused { name: name.clone(), why })?;
         let kept = Kept::new(&name, &bytes, text.bytes().to_vec()).map_err(unreadable)?;
-        let saved = self.current_state(None);
+        // An older module gets it in its own form; what is newer than the state reads the older form.
+        let saved = self.current_state(text.state()).or_else(|| self.current_state(None));
         let loaded = self.make(&kept, saved.as_ref())?;
         let mut state = self.inner.state.lock();
         let id = VersionId(state.versions.keys().last().map_or(1, |last| last.0 + 1));

@@ -12,6 +12,7 @@ const MAX_BYTES: usize = 1 << 20;
 pub struct Description {
     lines: Vec<String>,
     allowed: Vec<String>,
+    state: Option<u32>,
     bytes: Vec<u8>,
 }
 
@@ -33,24 +34,32 @@ impl Description {
             head => return Err(format!("it begins with {head:?}, not {:?}", livepatch_interface::TEXT_HEAD)),
         }
         let (mut lines, mut allowed) = (Vec::new(), Vec::new());
+        let mut state = None;
         let mut seen = std::collections::HashSet::new();
         for line in given.filter(|l| seen.insert(*l)) {
             match (line.split_once(' '), lines.is_empty()) {
                 (Some(("interface", _)), true) | (Some(("fn" | "type", _)), false) => lines.push(line.to_owned()),
                 (Some(("allow", what)), false) => allowed.push(what.to_owned()),
+                (Some(("state", version)), false) if version.parse::<u32>().is_ok() => state = version.parse().ok(),
                 _ => return Err(format!("it has a line that says nothing here: {line:?}")),
             }
         }
         if lines.is_empty() {
             return Err("it names no interface".into());
         }
-        Ok(Self { lines, allowed, bytes })
+        Ok(Self { lines, allowed, state, bytes })
     }
 
     /// The text as it was given.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// The version of a module's state.
+    #[must_use]
+    pub fn state(&self) -> Option<u32> {
+        self.state
     }
 
     /// The interface's name and version.

@@ -164,9 +164,9 @@ export!(Own: DeskTable, allow "static desk::SEEN", allow "thread-local desk::LAS
 mod text_only {
     use super::DeskTable;
     use livepatch_interface::{describe, Table};
-    const LEN: usize = describe::<0>((DeskTable::NAME, DeskTable::VERSION), DeskTable::FUNCTIONS, &[]).1;
+    const LEN: usize = describe::<0>((DeskTable::NAME, DeskTable::VERSION), DeskTable::FUNCTIONS, &[], None).1;
     #[used]
     #[no_mangle]
     #[link_section = ".livepatch.module"]
-    static TEXT: [u8; LEN] = describe::<LEN>((DeskTable::NAME, DeskTable::VERSION), DeskTable::FUNCTIONS, &[]).0;
+    static TEXT: [u8; LEN] = describe::<LEN>((DeskTable::NAME, DeskTable::VERSION), DeskTable::FUNCTIONS, &[], None).0;
 }

@@ -26,7 +26,7 @@ pub fn desk(dir: &Path, interface: &Path, name: &str, cfgs: &[&str], more: &[&st
     let external = format!("livepatch_interface={}", interface.display());
     let mut rustc = Command::new("rustc");
     rustc.args(["--edition", "2021", "--crate-name", "desk", "--crate-type", "cdylib", "-O", "--cap-lints", "allow"]);
-    cfgs.iter().for_each(|c| drop(rustc.args(["--cfg", c])));
+    rustc.args(cfgs.iter().flat_map(|c| ["--cfg", c]));
     run(rustc
         .args(more)
         .args(["--extern", &external, "-o"])

@@ -100,8 +100,8 @@ macro_rules! interface {
                 <$crate::result!($($ret)?) as $crate::Crosses>::LAYOUT,
             )),+];
             fn text() -> String {
-                const LEN: usize = $crate::describe::<0>(($table::NAME, $table::VERSION), $table::FUNCTIONS, &[]).1;
-                const TEXT: [u8; LEN] = $crate::describe::<LEN>(($table::NAME, $table::VERSION), $table::FUNCTIONS, &[]).0;
+                const LEN: usize = $crate::describe::<0>(($table::NAME, $table::VERSION), $table::FUNCTIONS, &[], None).1;
+                const TEXT: [u8; LEN] = $crate::describe::<LEN>(($table::NAME, $table::VERSION), $table::FUNCTIONS, &[], None).0;
                 use $crate::Table;
                 String::from_utf8_lossy(&TEXT).into_owned()
             }
@@ -163,10 +163,11 @@ macro_rules! export {
         const _: () = {
             use $crate::Table as _;
             const MORE: &[(&str, &str)] = &[$(("allow", $what)),*];
-            const LEN: usize = $crate::describe::<0>(($table::NAME, $table::VERSION), $table::FUNCTIONS, MORE).1;
+            const STATE: Option<u32> = Some(<$object as $crate::Module>::STATE);
+            const LEN: usize = $crate::describe::<0>(($table::NAME, $table::VERSION), $table::FUNCTIONS, MORE, STATE).1;
             #[used]
             #[link_section = ".livepatch.module"]
-            static TEXT: [u8; LEN] = $crate::describe::<LEN>(($table::NAME, $table::VERSION), $table::FUNCTIONS, MORE).0;
+            static TEXT: [u8; LEN] = $crate::describe::<LEN>(($table::NAME, $table::VERSION), $table::FUNCTIONS, MORE, STATE).0;
             static TABLE: $table = $table::of::<$object>();
 
             #[no_mangle]

@@ -303,6 +303,7 @@ pub const fn describe<const N: usize>(
     (name, version): (&str, &str),
     functions: &[Function],
     more: &[(&str, &str)],
+    state: Option<u32>,
 ) -> ([u8; N], usize) {
     let mut out = Out { bytes: [0; N], len: 0 }.put(crate::TEXT_HEAD).put("\n");
     out = out.put("interface ").put(name).put(" ").put(version).put("\n");
@@ -328,6 +329,9 @@ pub const fn describe<const N: usize>(
     while i < more.len() {
         out = out.put(more[i].0).put(" ").put(more[i].1).put("\n");
         i += 1;
+    }
+    if let Some(state) = state {
+        out = out.put("state ").number(state as i64).put("\n");
     }
     (out.bytes, out.len)
 }
