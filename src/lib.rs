@@ -44,6 +44,8 @@ pub mod link;
 pub mod maps;
 #[cfg(feature = "engine")]
 pub mod memory;
+#[cfg(feature = "module")]
+pub mod module;
 #[cfg(feature = "engine")]
 pub mod patcher;
 #[cfg(feature = "engine")]

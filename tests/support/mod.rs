@@ -3,6 +3,7 @@
 
 pub mod fixture;
 pub mod inside;
+pub mod modules;
 pub mod program;
 
 use std::io::Read;
