@@ -23,7 +23,7 @@
 //! still there. C programs have `livepatch_shadow_*` (`include/livepatch.h`), made after the kernel's `klp_shadow_*`.
 //!
 //! Contract of the `unsafe` in this module: what the functions of C are given is their callers', and memory that they hand out is allocated
-//! with the layout that it is freed with; beside them only [`Reading`] has any.
+//! with the layout that it is freed with; beside them only `Reading` has any.
 #![allow(unsafe_code)]
 
 use std::alloc::{alloc_zeroed, dealloc, Layout};
