@@ -17,7 +17,8 @@ gateway_start() {
   rm -rf "$WORK/data" && mkdir -p "$WORK/data"
   # The file is looked into before the gateway may have been started.
   : >"$WORK/gateway.out"
-  "$TARGET/gateway/$1/sample-gateway" --port 0 --data "$WORK/data" --workers "$WORKERS" "${GATEWAY_ARGS[@]}" >"$WORK/gateway.out" 2>"$WORK/gateway.err" &
+  # GATEWAY_PRELOAD: another allocator.
+  LD_PRELOAD=${GATEWAY_PRELOAD:-} "$TARGET/gateway/$1/sample-gateway" --port 0 --data "$WORK/data" --workers "$WORKERS" "${GATEWAY_ARGS[@]}" >"$WORK/gateway.out" 2>"$WORK/gateway.err" &
   GATEWAY_PID=$!
   local i
   for i in $(seq 100); do

@@ -1,9 +1,10 @@
 //! A program that patches itself: it loads a library, lets it start threads of its own, and applies patches of that library while they run.
 //!
 //! ```text
-//! inside LIBRARY.so [SOCKET [KEYS]]  then, on standard input: apply FIX.so | revert | flip COUNT FIX.so | ask QUESTION | own | quit
+//! inside LIBRARY.so [SOCKET [KEYS]]  then, on standard input: apply FIX.so | revert | flip COUNT FIX.so... | ask QUESTION | own | arena | quit
 //! ```
 //!
+//! `flip` applies and reverts so often in all, each of the patches in turn; `arena` tells of the memory that the agent keeps for itself.
 //! `own` asks the program itself: what is patched need not be a library.
 //!
 //! The library has `void start(void *(*enter)(unsigned long id), void (*leave)(void *))`, which gets what begins and ends the handling of a
@@ -14,7 +15,7 @@ use std::ffi::{c_char, c_void, CString};
 use std::io::BufRead;
 use std::time::Duration;
 
-use livepatch::agent::heap::Heap;
+use livepatch::agent::heap::{self, Heap};
 use livepatch::patcher::Options;
 use livepatch::session::{self, Scope};
 use livepatch::Agent;
@@ -30,18 +31,20 @@ extern "C" fn own_version(of: i32) -> i32 {
     std::hint::black_box(of) * 3 - 2
 }
 
-/// Applies and reverts so often; the figures of all, in JSON.
+/// Applies and reverts so often, each of the patches in turn; the figures of all, in JSON. What else belongs to a cycle of a program that is
+/// patched for weeks (a migration, a module that is loaded and let go) goes in here.
 fn flip(
     count: u32,
-    path: &str,
+    paths: &[&str],
     options: &Options,
     agent: &Agent,
 ) -> Result<serde_json::Value, Box<dyn std::error::Error>> {
-    let patch = std::fs::read(path)?;
+    let patches = paths.iter().map(std::fs::read).collect::<Result<Vec<_>, _>>()?;
+    let mut turn = patches.iter().cycle();
     let (mut trapping, mut failures, mut applied) = (Vec::new(), std::collections::BTreeMap::new(), false);
     let mut sums = [0u64; 5];
     for _ in 0..count {
-        let done = if applied { agent.revert(options) } else { agent.apply(&patch, options) };
+        let done = if applied { agent.revert(options) } else { agent.apply(turn.next().ok_or("no patch")?, options) };
         match done.map(|report| report.within) {
             Ok(within) => {
                 applied = !applied;
@@ -96,8 +99,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let said = match word {
             "apply" => agent.apply(&std::fs::read(rest)?, &options),
             "flip" => {
-                let (count, path) = rest.split_once(' ').ok_or("flip COUNT FIX.so")?;
-                println!("{}", flip(count.parse()?, path, &options, &agent)?);
+                let (count, paths) = rest.split_once(' ').ok_or("flip COUNT FIX.so...")?;
+                let paths: Vec<&str> = paths.split(' ').collect();
+                println!("{}", flip(count.parse()?, &paths, &options, &agent)?);
+                continue;
+            }
+            "arena" => {
+                let usage = heap::usage();
+                let json = serde_json::json!({
+                    "reserved": usage.reserved, "used": usage.used, "peak": usage.peak, "fallbacks": usage.fallbacks,
+                });
+                println!("{json}");
                 continue;
             }
             "revert" => agent.revert(&options),

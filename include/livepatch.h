@@ -1,5 +1,6 @@
 /*
  * What a C program that is linked with livepatch's agent has of it: shadow variables and sessions. See src/shadow.rs and src/session.rs.
+ * A program without the agent can have the shadow variables, too: a patch brings them along (livepatch_shadow.c).
  */
 #ifndef LIVEPATCH_H
 #define LIVEPATCH_H
@@ -24,6 +25,8 @@ void *livepatch_shadow_attach(void *object, uint64_t id, size_t len, livepatch_c
 void *livepatch_shadow_get_or_attach(void *object, uint64_t id, size_t len, livepatch_constructor constructor, void *with);
 void livepatch_shadow_detach(void *object, uint64_t id, livepatch_destructor destructor);
 void livepatch_shadow_detach_all(uint64_t id, livepatch_destructor destructor);
+/* How many objects have something under id, and how many bytes that is: what grows without end is a leak. */
+void livepatch_shadow_count(uint64_t id, size_t *objects, size_t *bytes);
 /* To be called where an object is freed: the next object at its address has no shadows then. */
 void livepatch_shadow_drop_all_of(void *object);
 

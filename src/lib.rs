@@ -32,6 +32,9 @@ pub mod agent;
 #[cfg(feature = "agent")]
 pub use agent::Agent;
 
+#[cfg(feature = "hooks")]
+pub use livepatch_macros::hook;
+
 #[cfg(feature = "engine")]
 pub mod elf;
 #[cfg(feature = "engine")]

@@ -22,8 +22,8 @@
 //! take no lock. What is attached to an object has to be dropped with it, or the next object at its address finds it: [`report`] tells what is
 //! still there. C programs have `livepatch_shadow_*` (`include/livepatch.h`), made after the kernel's `klp_shadow_*`.
 //!
-//! Contract of the `unsafe` in this module: only the functions of C have any; what they are given is their callers', and memory that they
-//! hand out is allocated with the layout that it is freed with.
+//! Contract of the `unsafe` in this module: what the functions of C are given is their callers', and memory that they hand out is allocated
+//! with the layout that it is freed with; beside them only `Reading` has any.
 #![allow(unsafe_code)]
 
 use std::alloc::{alloc_zeroed, dealloc, Layout};
@@ -31,10 +31,11 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::sync::OnceLock;
 
-use papaya::HashMap;
-use parking_lot::Mutex;
+use papaya::{HashMap, LocalGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 /// The object's address, and the number of the shadow.
 type Key = (usize, u64);
@@ -50,15 +51,25 @@ struct Entry {
 
 struct All {
     entries: HashMap<Key, Entry>,
+    /// Every number that was ever attached under: few.
+    ids: HashMap<u64, ()>,
     locks: [Mutex<()>; LOCKS],
 }
 
 fn all() -> &'static All {
     static ALL: OnceLock<All> = OnceLock::new();
-    ALL.get_or_init(|| All { entries: HashMap::new(), locks: [const { Mutex::new(()) }; LOCKS] })
+    ALL.get_or_init(|| All { entries: HashMap::new(), ids: HashMap::new(), locks: [const { Mutex::new(()) }; LOCKS] })
 }
 
 impl All {
+    /// Known before it is attached under: whoever asks for the numbers of an object misses none.
+    fn know(&self, id: u64) {
+        let ids = self.ids.pin();
+        if !ids.contains_key(&id) {
+            ids.insert(id, ());
+        }
+    }
+
     fn lock(&self, key: Key) -> &Mutex<()> {
         let mixed = (key.0 >> 4).wrapping_mul(31).wrapping_add(key.1 as usize) % LOCKS;
         // The remainder is always one of them.
@@ -86,8 +97,8 @@ impl<T: Send + Sync + 'static> Shadow<T> {
 
     /// Calls `f` with what is attached to `object`; `None` if nothing is, or something of another type. Takes no lock.
     pub fn with<O: ?Sized, R>(&self, object: *const O, f: impl FnOnce(&T) -> R) -> Option<R> {
-        let entries = all().entries.pin();
-        entries.get(&(address(object), self.id))?.value.downcast_ref().map(f)
+        let reading = Reading::begin();
+        reading.find((address(object), self.id))?.value.downcast_ref().map(f)
     }
 
     /// Attaches `value` to `object`.
@@ -96,13 +107,12 @@ impl<T: Send + Sync + 'static> Shadow<T> {
     ///
     /// Something is attached already: the value comes back.
     pub fn attach<O: ?Sized>(&self, object: *const O, value: T) -> Result<(), T> {
-        let (all, key) = (all(), (address(object), self.id));
-        let _one = all.lock(key).lock();
-        let entries = all.entries.pin();
-        if entries.contains_key(&key) {
+        let key = (address(object), self.id);
+        let _one = lock(key);
+        if Reading::begin().find(key).is_some() {
             return Err(value);
         }
-        entries.insert(key, Self::entry(value));
+        insert(key, Self::entry(value));
         Ok(())
     }
 
@@ -117,28 +127,32 @@ impl<T: Send + Sync + 'static> Shadow<T> {
         make: impl FnOnce() -> T,
         f: impl FnOnce(&T) -> R,
     ) -> R {
-        let (all, key) = (all(), (address(object), self.id));
-        let entries = all.entries.pin();
-        let entry = entries.get(&key).unwrap_or_else(|| {
-            let _one = all.lock(key).lock();
-            entries.get_or_insert_with(key, || Self::entry(make()))
-        });
-        match entry.value.downcast_ref() {
+        let key = (address(object), self.id);
+        let reading = Reading::begin();
+        let mut found = reading.find(key);
+        if found.is_none() {
+            // Who detaches it needs the lock; what was found stays as long as it is read.
+            let _one = lock(key);
+            found = reading.find(key);
+            if found.is_none() {
+                insert(key, Self::entry(make()));
+                found = reading.find(key);
+            }
+        }
+        match found.and_then(|entry| entry.value.downcast_ref()) {
             Some(value) => f(value),
-            None => panic!("shadow {:#x} holds a {}, not a {}", self.id, entry.type_name, std::any::type_name::<T>()),
+            None => of_another_type(self.id, found, std::any::type_name::<T>()),
         }
     }
 
     /// Drops what is attached to `object`, once nobody reads it any more; whether something was.
     pub fn detach<O: ?Sized>(&self, object: *const O) -> bool {
-        let (all, key) = (all(), (address(object), self.id));
-        let _one = all.lock(key).lock();
-        all.entries.pin().remove(&key).is_some()
+        remove((address(object), self.id))
     }
 
     /// Drops what is attached to any object; how many were.
     pub fn detach_all(&self) -> usize {
-        remove_if(|key| key.1 == self.id)
+        remove_all(self.id)
     }
 
     fn entry(value: T) -> Entry {
@@ -146,21 +160,78 @@ impl<T: Send + Sync + 'static> Shadow<T> {
     }
 }
 
-fn remove_if(wanted: impl Fn(&Key) -> bool) -> usize {
-    let all = all();
-    let entries = all.entries.pin();
-    let keys: Vec<Key> = entries.keys().filter(|k| wanted(k)).copied().collect();
-    let removed = keys.into_iter().filter(|key| {
-        let _one = all.lock(*key).lock();
-        entries.remove(key).is_some()
-    });
-    removed.count()
+// What follows is the same for all types, and in every program that has an agent ([`keep`]): a patch calls it there, and brings no store of its own.
+
+/// As long as it lives, nothing that was found goes away.
+struct Reading(ManuallyDrop<LocalGuard<'static>>);
+
+impl Reading {
+    #[inline(never)]
+    fn begin() -> Self {
+        Self(ManuallyDrop::new(all().entries.guard()))
+    }
+
+    #[inline(never)]
+    fn find(&self, key: Key) -> Option<&Entry> {
+        all().entries.get(&key, &*self.0)
+    }
+
+    #[inline(never)]
+    fn end(&mut self) {
+        // SAFETY: it is called once, by `drop`, and nothing uses the guard after that.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
 }
 
-/// Drops every shadow of an object: to be called where it is freed, or the next object at its address has them. How many there were.
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The lock of a key's constructor.
+#[inline(never)]
+fn lock(key: Key) -> MutexGuard<'static, ()> {
+    all().lock(key).lock()
+}
+
+/// Under the lock.
+#[inline(never)]
+fn insert(key: Key, entry: Entry) {
+    let all = all();
+    all.know(key.1);
+    all.entries.pin().insert(key, entry);
+}
+
+#[inline(never)]
+#[cold]
+fn of_another_type(id: u64, found: Option<&Entry>, wanted: &str) -> ! {
+    panic!("shadow {id:#x} holds a {}, not a {wanted}", found.map_or("nothing", |entry| entry.type_name))
+}
+
+#[inline(never)]
+fn remove(key: Key) -> bool {
+    let all = all();
+    let _one = all.lock(key).lock();
+    all.entries.pin().remove(&key).is_some()
+}
+
+#[inline(never)]
+fn remove_all(id: u64) -> usize {
+    let keys: Vec<Key> = all().entries.pin().keys().filter(|k| k.1 == id).copied().collect();
+    keys.into_iter().filter(|key| remove(*key)).count()
+}
+
+/// Drops every shadow of an object: to be called where it is freed, or the next object at its address has them. How many there were. One look
+/// for each number in use, however many objects there are.
 pub fn drop_all_of<O: ?Sized>(object: *const O) -> usize {
-    let address = address(object);
-    remove_if(|key| key.0 == address)
+    remove_all_of(address(object))
+}
+
+#[inline(never)]
+fn remove_all_of(address: usize) -> usize {
+    let (entries, ids) = (all().entries.pin(), all().ids.pin());
+    ids.keys().map(|id| (address, *id)).filter(|key| entries.contains_key(key) && remove(*key)).count()
 }
 
 /// What is attached under one number.
@@ -254,6 +325,7 @@ unsafe fn attach(
             return null;
         }
     }
+    all.know(id);
     entries.insert(key, Entry { value: Box::new(blob), type_name: "memory of C", len_bytes: len });
     at.cast()
 }
@@ -325,10 +397,38 @@ pub unsafe extern "C" fn livepatch_shadow_detach_all(id: u64, destructor: Destru
     }
 }
 
+/// How many objects have something under `id`, and how many bytes that is.
+///
+/// # Safety
+///
+/// Both point to numbers that can be written.
+#[no_mangle]
+pub unsafe extern "C" fn livepatch_shadow_count(id: u64, objects: *mut usize, bytes: *mut usize) {
+    let found = report().into_iter().find(|a| a.id == id);
+    // SAFETY: the caller's.
+    unsafe {
+        objects.write(found.as_ref().map_or(0, |f| f.objects));
+        bytes.write(found.as_ref().map_or(0, |f| f.bytes));
+    }
+}
+
 /// Detaches everything that `object` has: to be called where it is freed. No destructor is called.
 #[no_mangle]
 pub extern "C" fn livepatch_shadow_drop_all_of(object: *mut c_void) {
     drop_all_of(object);
+}
+
+/// Sees to it that a program has all of this for its patches before anything in it calls it.
+pub(crate) fn keep() {
+    use std::hint::black_box;
+    black_box((Reading::begin as fn() -> _, Reading::end as fn(_)));
+    black_box(Reading::find as for<'r> fn(&'r Reading, Key) -> Option<&'r Entry>);
+    black_box((lock as fn(_) -> _, insert as fn(_, _), of_another_type as fn(u64, Option<&Entry>, &str) -> !));
+    black_box((remove as fn(_) -> _, remove_all as fn(_) -> _, remove_all_of as fn(_) -> _));
+    black_box((livepatch_shadow_get as *const c_void, livepatch_shadow_attach as *const c_void));
+    black_box((livepatch_shadow_get_or_attach as *const c_void, livepatch_shadow_detach as *const c_void));
+    black_box((livepatch_shadow_detach_all as *const c_void, livepatch_shadow_count as *const c_void));
+    black_box(livepatch_shadow_drop_all_of as *const c_void);
 }
 
 #[cfg(test)]

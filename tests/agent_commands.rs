@@ -66,7 +66,15 @@ fn handle(mode: &str, request: &Request, patch: Option<&[u8]>) -> Answer {
         }
         Request::Status => {
             let (name, exe, build_id) = ("gw".into(), "/gw".into(), "ab".into());
-            Answer::Status(ProcessStatus { pid: INNER_PID, name, exe, build_id, patches: vec![], transitioning: false })
+            Answer::Status(ProcessStatus {
+                pid: INNER_PID,
+                name,
+                exe,
+                build_id,
+                patches: vec![],
+                transitioning: false,
+                shadows: vec![],
+            })
         }
         Request::Canary { .. } | Request::Confirm { .. } => Answer::Done,
         Request::Info => Answer::Outside { why: "nobody asks".into() },

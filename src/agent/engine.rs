@@ -90,7 +90,10 @@ impl Engine {
             Request::Info => return Answer::Info(self.info()),
             Request::Status => {
                 let transitioning = self.switcher.is_unfinished();
-                status().map(|status| Answer::Status(ProcessStatus { transitioning, ..status }))
+                let shadows = || Patcher::open_own().and_then(|p| p.shadows());
+                status().and_then(|status| {
+                    Ok(Answer::Status(ProcessStatus { transitioning, shadows: shadows()?, ..status }))
+                })
             }
             Request::Check(given) => match self.patch_of(&given, patch) {
                 Ok((patch, options)) => Patcher::open_own().and_then(|p| p.check(&patch, &options)).map(Answer::Check),
@@ -153,7 +156,8 @@ impl Engine {
     pub fn apply(&mut self, patch: &PatchFile, options: &Options, by: By) -> Result<Report, Error> {
         let done = Patcher::open_own().and_then(|mut p| p.apply_within(patch, options, &mut self.switcher));
         if !matches!(done, Err(Error::Outside { .. })) {
-            self.log.write(by, &Event::of("apply", Some(&patch.manifest.name), done.as_ref().map(drop)));
+            let event = Event::of("apply", Some(&patch.manifest.name), done.as_ref().map(drop));
+            self.log.write(by, &event.with(&done));
             self.log.count(&done);
         }
         // What failed or was there already changes nothing for the patch that is being observed.
@@ -173,7 +177,8 @@ impl Engine {
             }
             if !matches!(done, Err(Error::Outside { .. })) {
                 let patch = done.as_ref().ok().map(|r| r.patch.clone());
-                self.log.write(by, &Event::of("revert", patch.as_deref().or(name), done.as_ref().map(drop)));
+                let event = Event::of("revert", patch.as_deref().or(name), done.as_ref().map(drop));
+                self.log.write(by, &event.with(&done));
                 self.log.count(&done);
             }
             out.push(done?);

@@ -12,6 +12,7 @@ use serde_json::{json, Value};
 use super::peer::Peer;
 use crate::patcher::{Confirmed, Error, PatchStatus, Report};
 use crate::registry::{Arm, State};
+use crate::shadow::Attached;
 
 /// Who asks: for the log.
 #[derive(Clone, Copy, Debug)]
@@ -30,22 +31,35 @@ pub struct Event {
     action: &'static str,
     patch: Option<String>,
     result: Result<(), String>,
+    /// What went less well than it could.
+    warnings: Vec<String>,
 }
 
 impl Event {
     /// What came of something that was asked.
     pub fn of(action: &'static str, patch: Option<&str>, result: Result<(), &Error>) -> Self {
-        Self { action, patch: patch.map(str::to_owned), result: result.map_err(ToString::to_string) }
+        Self {
+            action,
+            patch: patch.map(str::to_owned),
+            result: result.map_err(ToString::to_string),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// With what an apply or a revert warns of: nobody may be there to read its report.
+    pub fn with(mut self, done: &Result<Report, Error>) -> Self {
+        self.warnings = done.as_ref().map(|report| report.warnings.clone()).unwrap_or_default();
+        self
     }
 
     /// A no before anything was looked at.
     pub fn refused(action: &'static str, patch: Option<&str>, why: &str) -> Self {
-        Self { action, patch: patch.map(str::to_owned), result: Err(why.to_owned()) }
+        Self { action, patch: patch.map(str::to_owned), result: Err(why.to_owned()), warnings: Vec::new() }
     }
 
     /// A bound that a patch does not keep.
     pub fn breaks(patch: &str, why: &str) -> Self {
-        Self { action: "breaker", patch: Some(patch.to_owned()), result: Err(why.to_owned()) }
+        Self { action: "breaker", patch: Some(patch.to_owned()), result: Err(why.to_owned()), warnings: Vec::new() }
     }
 }
 
@@ -90,7 +104,10 @@ impl Log {
             Ok(()) => ("done", None),
             Err(why) => ("failed", Some(why)),
         };
-        let line = json!({"time": time, "by": who, "action": event.action, "patch": event.patch, "result": result, "why": why});
+        let mut line = json!({"time": time, "by": who, "action": event.action, "patch": event.patch, "result": result, "why": why});
+        if !event.warnings.is_empty() {
+            line["warnings"] = event.warnings.clone().into();
+        }
         match &event.result {
             Ok(()) => tracing::info!(target: "livepatch", %line, "{}", event.action),
             Err(_) => tracing::warn!(target: "livepatch", %line, "{}", event.action),
@@ -120,7 +137,7 @@ impl Log {
                 }
             }
             Err(e) => {
-                let kind = match e {
+                let kind = match e.first() {
                     Error::Refused { refusal } => refusal.kind(),
                     Error::RefusedFor(list) => list.first().map_or("refused", crate::plan::Refusal::kind),
                     Error::NotQuiescent(_) => "not-quiescent",
@@ -154,6 +171,12 @@ impl Log {
         metric("breaker_trips_total", "counter", "Bounds that a patch did not keep.", &one(self.trips));
         metric("panics", "gauge", "Panics in patched code since the last apply or revert.", &one(panics));
         metric("trapped_calls_total", "counter", "Calls that trapped during switches.", &one(self.trapped));
+        let shadows = crate::shadow::report();
+        let by_id = |value: fn(&Attached) -> usize| -> Vec<_> {
+            shadows.iter().map(|a| (format!("{{id=\"{:#x}\"}}", a.id), value(a) as f64)).collect()
+        };
+        metric("shadows", "gauge", "Objects with a shadow variable.", &by_id(|a| a.objects));
+        metric("shadow_bytes", "gauge", "Bytes of shadow variables.", &by_id(|a| a.bytes));
         let seconds = [(String::new(), self.trapping_us / 1e6)];
         metric("transition_seconds", "gauge", "How long traps stood in the last switch.", &seconds);
         let applied: Vec<&PatchStatus> = patches.iter().filter(|p| p.state == State::Applied).collect();

@@ -111,6 +111,7 @@ impl Builder {
         if *started {
             return Err(StartError::Twice);
         }
+        crate::shadow::keep();
         let look = self.look.unwrap_or_else(|| libc::SIGRTMAX() - 3);
         let keys = self.keys.as_deref().map(Keys::load).transpose()?;
         let log = Log::new(self.audit.as_deref())?;

@@ -188,7 +188,8 @@ fn answers_come_back() {
         damage: None,
     };
     let (name, exe, build_id) = ("gw".to_owned(), "/gw".to_owned(), "ab".to_owned());
-    let status = ProcessStatus { pid: 7, name, exe, build_id, patches: vec![patch], transitioning: true };
+    let status =
+        ProcessStatus { pid: 7, name, exe, build_id, patches: vec![patch], transitioning: true, shadows: vec![] };
     let outside = Answer::Outside { why: "SIGTRAP is somebody else's".into() };
     for answer in [Answer::Reports(vec![report]), Answer::Status(status), Answer::Done, outside] {
         assert_eq!(decoded(&answer), answer);

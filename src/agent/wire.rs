@@ -271,7 +271,7 @@ impl Failure {
     /// How a use case ended in process `pid`.
     #[must_use]
     pub fn of(pid: i32, error: &Error) -> Self {
-        let kind = match error {
+        let kind = match error.first() {
             Error::NothingApplied { .. } => FailureKind::NothingApplied,
             Error::NoSuchPatch { .. } => FailureKind::NoSuchPatch,
             Error::Refused { .. } | Error::RefusedFor(_) => FailureKind::Refused,

@@ -213,6 +213,14 @@ pub fn status(s: &ProcessStatus) -> String {
             let _ = writeln!(out, "    damaged: {damage}");
         }
     }
+    for shadow in &s.shadows {
+        let who = match &shadow.named_by[..] {
+            [] => "left over: no applied patch names it, nor the program".to_owned(),
+            names => format!("named by {}", names.join(", ")),
+        };
+        let (objects, bytes) = (count(shadow.objects, "object"), count(shadow.bytes, "byte"));
+        let _ = writeln!(out, "  shadow {:#x}: {objects}, {bytes} ({}), {who}", shadow.id, shadow.type_name);
+    }
     if s.transitioning {
         let _ = writeln!(out, "  transitioning: a switch is still to be taken back; the agent goes on with it");
     }

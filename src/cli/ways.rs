@@ -20,6 +20,9 @@ const PROMPT: Duration = Duration::from_secs(5);
 /// An agent that reverts all may wait for each patch; how many there are, only it knows.
 const ALL: u32 = 10;
 
+/// What a revert may wait for: a switch, and a hook before and after it.
+const OF_REVERT: u32 = 3;
+
 /// The longest text that is taken for a signature.
 const MAX_SIGNATURE: u64 = 64 << 10;
 
@@ -206,7 +209,9 @@ pub fn check(pid: i32, fix: &Fix, options: &Options, hold: bool) -> Result<Done<
 
 /// Applies it. With `confirm_within`, an agent sees to that itself.
 pub fn apply(pid: i32, fix: &Fix, options: &Options, hold: bool) -> Result<Done<Report>, Failed> {
-    let within = options.timeout.saturating_add(PROMPT);
+    // Each hook may take as long as the switch.
+    let waits = fix.patch.manifest.hooks.len() as u32 + 1;
+    let within = options.timeout.saturating_mul(waits).saturating_add(PROMPT);
     match ask(pid, hold, &Request::Apply(fix.given(options)), Some(&fix.bytes), within)? {
         Some(Answer::Reports(mut reports)) if reports.len() == 1 => reports.pop().map(Done::by_agent).ok_or_else(odd),
         Some(_) => Err(odd()),
@@ -226,7 +231,7 @@ pub fn revert(
     hold: bool,
 ) -> Result<Vec<Done<Report>>, Failed> {
     let request = Request::Revert { name: name.map(Into::into), all, options: options.clone() };
-    let within = options.timeout.saturating_mul(if all { ALL } else { 1 }).saturating_add(PROMPT);
+    let within = options.timeout.saturating_mul(OF_REVERT * if all { ALL } else { 1 }).saturating_add(PROMPT);
     match ask(pid, hold, &request, None, within)? {
         Some(Answer::Reports(reports)) => Ok(reports.into_iter().map(Done::by_agent).collect()),
         Some(_) => Err(odd()),

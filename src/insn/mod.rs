@@ -89,6 +89,10 @@ pub const CALL_STUB: [u8; 18] =
 /// ```text
 /// 53                     push rbx
 /// 48 89 fb               mov  rbx, rdi
+/// ff 53 28               call [rbx+40]           ; gettid
+/// 89 43 20               mov  [rbx+32], eax
+/// 48 8d bb 80 00 00 00   lea  rdi, [rbx+128]     ; room for a text
+/// be 00 04 00 00         mov  esi, 1024
 /// ff 13                  call [rbx]              ; the hook
 /// 89 43 18               mov  [rbx+24], eax      ; what it returned
 /// ff 53 08               call [rbx+8]            ; pthread_self
@@ -99,9 +103,10 @@ pub const CALL_STUB: [u8; 18] =
 /// 5b                     pop  rbx
 /// c3                     ret
 /// ```
-pub const HOOK_STUB: [u8; 29] = [
-    0x53, 0x48, 0x89, 0xfb, 0xff, 0x13, 0x89, 0x43, 0x18, 0xff, 0x53, 0x08, 0x48, 0x89, 0xc7, 0xff, 0x53, 0x10, 0xc7,
-    0x43, 0x1c, 1, 0, 0, 0, 0x31, 0xc0, 0x5b, 0xc3,
+pub const HOOK_STUB: [u8; 47] = [
+    0x53, 0x48, 0x89, 0xfb, 0xff, 0x53, 0x28, 0x89, 0x43, 0x20, 0x48, 0x8d, 0xbb, 0x80, 0, 0, 0, 0xbe, 0, 4, 0, 0,
+    0xff, 0x13, 0x89, 0x43, 0x18, 0xff, 0x53, 0x08, 0x48, 0x89, 0xc7, 0xff, 0x53, 0x10, 0xc7, 0x43, 0x1c, 1, 0, 0, 0,
+    0x31, 0xc0, 0x5b, 0xc3,
 ];
 
 /// Offset in [`CALL_STUB`] of its system call.

@@ -231,7 +231,11 @@ impl HookKind {
     }
 }
 
-/// A function `int (*)(void)` that the engine calls; anything but 0 means no.
+/// Room for the text that a hook may leave, in bytes: a C string.
+pub const HOOK_TEXT_BYTES: u64 = 1024;
+
+/// A function `int (*)(char *why, size_t room)` that the engine calls; anything but 0 means no, and `why` then says so in words, if the
+/// function has any. It may be declared without parameters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hook {

@@ -8,7 +8,7 @@ mod v1;
 
 pub use manifest::{
     After, Before, BuildRef, CodeRange, Companion, Entry, Function, HexBytes, Hook, HookKind, Import, ImportKind,
-    Linked, Manifest, OldFunction, Redirect, StateVersion, Static, Status, TypeLayout,
+    Linked, Manifest, OldFunction, Redirect, StateVersion, Static, Status, TypeLayout, HOOK_TEXT_BYTES,
 };
 pub use read::{PatchError, PatchFile, Reloc, RelocKind, RelocTarget, Segment, SegmentKind};
 

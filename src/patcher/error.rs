@@ -50,6 +50,15 @@ pub enum Error {
     /// The entries could not be written.
     #[error(transparent)]
     Swap(SwapError),
+    /// It failed, and so did the hook that undoes what another one did before.
+    #[error("{error}; {said}")]
+    AndHook {
+        /// What failed first.
+        #[source]
+        error: Box<Error>,
+        /// What the hook says.
+        said: String,
+    },
     /// It can't be done from inside the process; nothing was changed.
     #[error("it takes a hold from outside: {why}")]
     Outside {
@@ -94,10 +103,20 @@ impl From<NotQuiescent> for Error {
 }
 
 impl Error {
+    /// What failed first.
+    #[must_use]
+    pub fn first(&self) -> &Self {
+        match self {
+            Self::AndHook { error, .. } => error.first(),
+            other => other,
+        }
+    }
+
     /// The exit code of a command that ends with this.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::AndHook { error, .. } => error.exit_code(),
             Self::Refused { .. } | Self::RefusedFor(_) | Self::Outside { .. } => 3,
             Self::NotQuiescent(_) | Self::Process(ProcessError::NoIdleThread { .. }) => 4,
             Self::Process(
@@ -115,6 +134,11 @@ impl Error {
     pub fn to_json(&self, pid: Option<i32>) -> Value {
         let each = |r: &Refusal| json!({"kind": r.kind(), "message": r.to_string(), "remedy": r.remedy(), "waiting_helps": false});
         match self {
+            Self::AndHook { error, said } => {
+                let mut json = error.to_json(pid);
+                json["hook"] = said.as_str().into();
+                json
+            }
             Self::Refused { refusal } => json!({"pid": pid, "refusal": each(refusal)}),
             Self::RefusedFor(all) => {
                 json!({"pid": pid, "refusal": all.first().map(each), "refusals": all.iter().map(each).collect::<Vec<_>>()})

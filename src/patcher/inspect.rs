@@ -130,7 +130,7 @@ impl Patcher {
         noes.ask(self.check_confinement())?;
         let manifest = &patch.manifest;
         let in_static = self.is_static(image)?;
-        if let Some(hook) = manifest.hooks.iter().find(|h| h.agent) {
+        if let Some(hook) = manifest.hooks.iter().find(|h| h.agent && !self.by_threads) {
             noes.0
                 .push(Refusal::Unsupported { what: format!("an agent in the process, for the hook {}", hook.symbol) });
         }

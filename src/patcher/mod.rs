@@ -34,7 +34,7 @@ mod status;
 #[cfg(feature = "agent")]
 mod within;
 
-use hooks::{Hooked, Hooks};
+use hooks::Hooks;
 use retry::Retry;
 use rewrite::{longer, Place};
 
@@ -44,7 +44,7 @@ pub use options::{Canary, Options};
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
 pub use report::{CheckReport, Report, Within};
-pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus};
+pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus, ShadowStatus};
 
 /// How long a process may take to become another program.
 const IN_EXEC: Duration = Duration::from_millis(100);
@@ -249,22 +249,10 @@ impl Patcher {
         }
         let hooks = Hooks { images: &self.images, maps: &self.maps, timeout: options.timeout };
         let (payload, region) = (staged.payload().clone(), staged.region());
-        match hooks.run(staged.process(), &payload, region, HookKind::PreApply) {
-            Ok(None | Some(Hooked::Returned(0))) => {}
-            Ok(Some(Hooked::Returned(result))) => {
-                return Err(Refusal::Hook { symbol: HookKind::PreApply.symbol().into(), result }.into());
-            }
-            Ok(Some(Hooked::Late)) => {
-                // It runs in the mapping.
-                staged.set_led(true);
-                return Err(hooks::late(HookKind::PreApply));
-            }
-            Err(e) => {
-                // Unless it is sure that no thread was made for it, one may run in the mapping.
-                let sure = matches!(e, Error::Refused { .. } | Error::Process(ProcessError::NoIdleThread { .. }));
-                staged.set_led(!sure);
-                return Err(e);
-            }
+        if let Err((e, runs)) = hooks::first(hooks.run(staged.process(), &payload, region, HookKind::PreApply)) {
+            // It runs in the mapping.
+            staged.set_led(runs);
+            return Err(e);
         }
         let mut retry = Retry::new(Instant::now() + options.timeout, options.hold);
         let (leads, windows) = (staged.leads().to_vec(), staged.windows());
@@ -478,11 +466,9 @@ fn take_back(
         let done = place.take_back(staged.process(), leads, watched, retry);
         staged.set_led(!done);
     }
-    if payload.hooks.iter().any(|h| h.kind == HookKind::PreApply) {
-        let undone = hooks.run(staged.process(), &payload, region, HookKind::PostRevert);
-        if !matches!(undone, Ok(None | Some(Hooked::Returned(_)))) {
-            staged.set_led(true);
-        }
+    let (stays, error) = hooks.undo(staged.process(), &payload, region, error);
+    if stays {
+        staged.set_led(true);
     }
     error
 }

@@ -11,6 +11,8 @@ use crate::process::{Pid, Process, ProcessError};
 use crate::registry::{Arm, Confirmation, Payload, State, Unwind};
 use crate::symbols::{self, SymbolFile};
 use crate::transaction::Applied;
+#[cfg(feature = "agent")]
+use crate::{addr::ProcRange, maps::Mapping, memory::ReadMemory, shadow};
 
 /// One patch in one process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +51,22 @@ pub struct PatchStatus {
     pub unwind_registered: bool,
     /// What is wrong with it, if something is.
     pub damage: Option<String>,
+}
+
+/// What is attached to objects under one number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowStatus {
+    /// The number.
+    pub id: u64,
+    /// The type.
+    pub type_name: String,
+    /// To how many objects.
+    pub objects: usize,
+    /// Bytes of the values, without what they point to.
+    pub bytes: usize,
+    /// The applied patches, and the images of the process, in whose code or constants the number stands. Where there are none, nobody will
+    /// ever detach it.
+    pub named_by: Vec<String>,
 }
 
 /// Whether an applied patch is meant to stay.
@@ -105,6 +123,9 @@ pub struct ProcessStatus {
     /// Whether traps of its agent stand, for a switch that could neither be done nor taken back yet. Calls are right, and slower.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub transitioning: bool,
+    /// Shadow variables, of a process with an agent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shadows: Vec<ShadowStatus>,
 }
 
 impl Patcher {
@@ -131,6 +152,49 @@ impl Patcher {
         }
         let _ = session;
         None
+    }
+
+    /// The shadow variables of the own process, and who names them. Reads all code and constants, if there are any.
+    ///
+    /// # Errors
+    ///
+    /// A record is damaged.
+    #[cfg(feature = "agent")]
+    pub fn shadows(&self) -> Result<Vec<ShadowStatus>, Error> {
+        let attached = if self.by_threads { shadow::report() } else { Vec::new() };
+        if attached.is_empty() {
+            return Ok(Vec::new());
+        }
+        let records = self.records()?;
+        let constant = |m: &&Mapping| m.read && !m.write && !m.name.is_empty();
+        let images = self.images.iter().flat_map(|image| {
+            let of = self.maps.iter().filter(constant).filter(|m| m.range.overlaps(&image.range));
+            of.map(|m| (image.short_name(), m.range))
+        });
+        let applied = records.iter().filter(|r| r.mutable.state == State::Applied);
+        // Behind the record, which names nothing.
+        let patches = applied.filter_map(|r| {
+            let range = ProcRange { start: r.payload.base, end: r.region.end };
+            (range.start < range.end).then_some((r.payload.patch.as_str(), range))
+        });
+        let finders: Vec<_> = attached.iter().map(|a| finder(a.id)).collect();
+        let mut named_by = vec![Vec::new(); attached.len()];
+        for (name, range) in patches.chain(images) {
+            let Ok(bytes) = self.process.read_vec(range.start, range.len_bytes()) else { continue };
+            for (finder, named_by) in finders.iter().zip(&mut named_by) {
+                if named_by.last().is_none_or(|last| last != name) && finder.find(&bytes).is_some() {
+                    named_by.push(name.to_owned());
+                }
+            }
+        }
+        let of = |(a, named_by): (shadow::Attached, _)| ShadowStatus {
+            id: a.id,
+            type_name: a.type_name.into(),
+            objects: a.objects,
+            bytes: a.bytes,
+            named_by,
+        };
+        Ok(attached.into_iter().zip(named_by).map(of).collect())
     }
 
     /// Symbols for debuggers and profilers of every patch that lies in the process, applied or not.
@@ -189,6 +253,7 @@ impl Patcher {
             }
         });
         Ok(ProcessStatus {
+            shadows: Vec::new(),
             transitioning: false,
             pid: pid.0,
             name: procfs::thread_name(pid, crate::process::Tid(pid.0)),
@@ -197,6 +262,14 @@ impl Patcher {
             patches: patches.collect(),
         })
     }
+}
+
+/// Looks for a number as instructions and constants hold it.
+#[cfg(feature = "agent")]
+fn finder(id: u64) -> memchr::memmem::Finder<'static> {
+    let bytes = id.to_le_bytes();
+    let short = u32::try_from(id).is_ok();
+    memchr::memmem::Finder::new(if short { &bytes[..4] } else { &bytes[..] }).into_owned()
 }
 
 /// How long another command is waited for: it traces the process, and leaves it soon.

@@ -2,15 +2,18 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::sys::signal::{SigSet, SigmaskHow};
+
+use super::hooks::{self, Hooks, MakesThreads};
 use super::{replaced, Canary, Error, NotQuiescent, Options, Patcher, Report};
 use crate::addr::{ProcAddr, ProcRange};
 use crate::image::Image;
 use crate::memory::ReadMemory;
-use crate::patch::PatchFile;
+use crate::patch::{HookKind, PatchFile};
 use crate::plan::Refusal;
 use crate::process::own::OwnProcess;
 use crate::process::ptrace::procfs;
-use crate::process::{HeldThread, IdleCheck, Pid, Process, ProcessError};
+use crate::process::{FunctionCall, HeldThread, IdleCheck, Pid, Process, ProcessError, Tid};
 use crate::registry::{self, CanaryRecord, Confirmation, SessionKey, Share, State, SHARES_AT, WHICH_AT};
 use crate::session::{self, Words};
 use crate::stack::{Cfi, Part, Watched};
@@ -23,6 +26,32 @@ struct Own;
 impl IdleCheck for Own {
     fn is_idle(&mut self, _thread: &HeldThread, _memory: &dyn ReadMemory) -> bool {
         true
+    }
+}
+
+impl MakesThreads for OwnProcess<'_> {
+    fn create(&mut self, _hooks: &Hooks<'_>, call: FunctionCall, deadline: Instant) -> Result<(), ProcessError> {
+        // The new thread takes the mask over.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+        let done = self.call(call, &mut Own, deadline);
+        if let Ok(before) = before {
+            let _ = before.thread_set_mask();
+        }
+        done
+    }
+
+    fn let_go(&mut self) {}
+
+    fn is_out(&mut self, _hooks: &Hooks<'_>, _: ProcRange, tid: Option<Tid>, _: &str) -> Result<bool, Error> {
+        const TURNS: u32 = 1_000;
+        let Some(tid) = tid else { return Ok(false) };
+        let pid = self.pid();
+        Ok((0..TURNS).any(|turn| {
+            if turn > 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            !procfs::thread_exists(pid, tid)
+        }))
     }
 }
 
@@ -77,9 +106,6 @@ impl Patcher {
         switcher: &mut Switcher,
     ) -> Result<Report, Error> {
         let by_session = options.canary.as_ref().is_some_and(Canary::is_by_session);
-        if let Some(hook) = patch.manifest.hooks.first() {
-            return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
-        }
         let patch = &*options.adapt(patch);
         let pid = self.process.pid();
         let _lock = self.process.lock()?;
@@ -98,7 +124,8 @@ impl Patcher {
             report.already = true;
             return Ok(report);
         };
-        let names = patch.manifest.functions.iter().map(|f| f.demangled.as_str());
+        let replaced = patch.manifest.functions.iter().filter(|f| f.old.is_some());
+        let names = replaced.map(|f| f.demangled.as_str());
         self.may_trap(names, &planned.watched())?;
         let returns = super::signal_returns(&self.process, &self.images, &self.maps);
         let mut own = OwnProcess::new(&mut self.process)?;
@@ -124,6 +151,13 @@ impl Patcher {
         let (leave, back) = (with_returns(old), with_returns(new));
         let plan = Plan { traps, leave, back };
         let cfi = load_tables(staged.process(), &self.images)?;
+        let hooks = Hooks { images: &self.images, maps: &self.maps, timeout: options.timeout };
+        let (payload, region) = (staged.payload().clone(), staged.region());
+        if let Err((e, runs)) = hooks::first(hooks.run(staged.process(), &payload, region, HookKind::PreApply)) {
+            // It runs in the mapping.
+            staged.set_led(runs);
+            return Err(e);
+        }
         let switched = switcher.run(staged.process(), plan, Instant::now() + options.timeout, &cfi);
         match switched {
             Ok(times) => {
@@ -137,20 +171,30 @@ impl Patcher {
                 let sequence = inspected.sequence;
                 let share = options.canary.as_ref().map_or_else(Share::default, |c| Share::of(c.share));
                 let stamp = Stamp { sequence, applied_at_s: now.as_secs(), confirmation, share };
-                let (region, canary) = (staged.region(), staged.payload().canary.clone());
                 report.entries = staged.switched(stamp)?.entries;
-                if let Some(canary) = canary {
-                    begin(region, &canary);
+                if let Some(canary) = &payload.canary {
+                    begin(region, canary);
                 }
                 report.fill_within(times);
+                let hooked = hooks.run(&mut own, &payload, region, HookKind::PostApply);
+                report.warnings.extend(hooks::said(HookKind::PostApply, hooked));
                 Ok(report)
             }
-            Err(e) => {
-                if switcher.is_unfinished() || matches!(e, SwitchError::TakenBack(..)) {
-                    // New code may have run, and what it made may lead into it.
-                    staged.keep()?;
-                }
+            Err(e) if switcher.is_unfinished() => {
+                // New code may be entered, and needs what the first hook made, until a later command has finished this.
+                staged.keep()?;
                 Err(not_switched(pid, e))
+            }
+            Err(e) => {
+                let is_taken_back = matches!(e, SwitchError::TakenBack(..));
+                let (runs, e) = hooks.undo(staged.process(), &payload, region, not_switched(pid, e));
+                if is_taken_back {
+                    // New code has run, and what it made may lead into it.
+                    staged.keep()?;
+                } else {
+                    staged.set_led(runs);
+                }
+                Err(e)
             }
         }
     }
@@ -171,13 +215,11 @@ impl Patcher {
         self.ready(options, switcher)?;
         let newest = self.newest(name)?;
         let canary = newest.payload.canary.clone();
-        if let Some(hook) = newest.payload.hooks.first() {
-            return Err(outside(format!("the hook {} is run by a command", hook.symbol)));
-        }
         let mut report = self.report("revert", &newest.payload.patch);
         report.functions =
             super::names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
-        let names = newest.payload.functions.iter().map(|f| f.demangled.as_str());
+        let replaced = newest.payload.functions.iter().filter(|f| f.old.is_some());
+        let names = replaced.map(|f| f.demangled.as_str());
         let code = newest.payload.entries.iter().filter_map(|e| ProcRange::new(e.at, e.original.0.len() as u64));
         let part = Part::Window;
         let code: Vec<Watched> = code.map(|range| Watched { name: String::new(), range, part }).collect();
@@ -200,7 +242,10 @@ impl Patcher {
         let with_returns = |w: Vec<Watched>| w.into_iter().chain(returns.iter().cloned()).collect();
         let leave = with_returns(crate::transaction::relax(&options.consistency, applied.watched()));
         let plan = Plan { traps, leave, back: with_returns(applied.watched_old()) };
-        let region = applied.found().region;
+        let (payload, region) = (applied.payload().clone(), applied.found().region);
+        let hooks = Hooks { images: &self.images, maps: &self.maps, timeout: options.timeout };
+        let hooked = hooks.run(&mut OwnProcess::new(&mut self.process)?, &payload, region, HookKind::PreRevert);
+        report.warnings.extend(hooks::said(HookKind::PreRevert, hooked));
         let share = super::canary::close(&mut self.process, applied.found())?;
         if let Some(canary) = &canary {
             if let Err(e) = end(pid, canary, Instant::now() + options.timeout) {
@@ -216,6 +261,8 @@ impl Patcher {
             Ok(times) => {
                 report.entries = applied.switched(&mut own)?.entries;
                 report.fill_within(times);
+                let hooked = hooks.run(&mut own, &payload, region, HookKind::PostRevert);
+                report.warnings.extend(hooks::said(HookKind::PostRevert, hooked));
                 Ok(report)
             }
             Err(e) => {

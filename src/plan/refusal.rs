@@ -197,12 +197,12 @@ pub enum Refusal {
         remedy: String,
     },
     /// The patch's own hook says no.
-    #[error("the hook {symbol} says no: it returned {result}")]
+    #[error("the hook {symbol} says no: {said}")]
     Hook {
         /// Its symbol.
         symbol: String,
-        /// What it returned.
-        result: i32,
+        /// Its own words, or the number that it returned.
+        said: String,
     },
     /// The patch can't be given to a share of the calls only.
     #[error("the patch can't be a canary: {why}")]
@@ -319,7 +319,7 @@ impl Refusal {
             Self::Damaged { .. } => "something else wrote there; restart the process".into(),
             Self::NoUnwinder => "link the program dynamically with libgcc_s (the default of gcc and rustc); if no thread of it is cancelled and nothing throws through the patch, --allow unwind".into(),
             Self::Import { remedy, .. } => remedy.clone(),
-            Self::Hook { .. } => "ask whoever wrote the hook what this number means".into(),
+            Self::Hook { .. } => "mend what it names, or ask whoever wrote the hook".into(),
             Self::Canary { .. } => "give each function of the patch its key (--key FUNC:argN), or apply it to all calls".into(),
             Self::Replay { .. } => "apply the newest patch; if it is meant to go back, --allow replay".into(),
             Self::InUse { .. } => "it does no harm where it is; try again later, or leave it".into(),

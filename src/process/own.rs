@@ -2,8 +2,8 @@
 //!
 //! Contract of the `unsafe` in this module:
 //! 1. memory is mapped where nothing is (MAP_FIXED_NOREPLACE), and changed or unmapped only where it was mapped by us: nothing of Rust's lies there;
-//! 2. a function that is called is `__register_frame` or one of its kin, found in the unwinder's own symbol table, and its arguments are those
-//!    of a borrowed thread's call.
+//! 2. a function that is called is `__register_frame` or one of its kin, or `pthread_create`, found in the unwinder's or the C library's own
+//!    symbol table, and its arguments are those of a borrowed thread's call.
 #![allow(unsafe_code)]
 
 use std::io;

@@ -1,6 +1,6 @@
 //! The symbol table: functions and data with all their names.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 use object::read::elf::Sym;
 use object::{elf, LittleEndian as Le};
 use rayon::prelude::*;
@@ -241,7 +241,7 @@ fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mu
         let end = section_of(sections, addr).map_or(addr, |s| s.addr + s.size);
         let next = rest.first().map_or(end, |r| r.value).min(end);
         let unsized_ = size == 0;
-        let size = if unsized_ { without_zeros(sections, addr, next) } else { size.min(end - addr.min(end)) };
+        let size = if unsized_ { without_padding(sections, addr, next) } else { size.min(end - addr.min(end)) };
         let id = out.len() as FuncId;
         let ifunc = raws.iter().any(|r| r.kind == IFUNC);
         for r in &raws {
@@ -253,16 +253,13 @@ fn functions<'d>(mut code: Vec<Raw<'d>>, sections: &[Section<'d>], rel_syms: &mu
     out
 }
 
-/// The length of code without a size: up to `next`, but for zeros that the linker put behind its last instruction.
-fn without_zeros(sections: &[Section<'_>], addr: u64, next: u64) -> u64 {
+/// The length of code without a size: up to `next`, but for what the linker put behind its last instruction, which another link need not put
+/// there.
+fn without_padding(sections: &[Section<'_>], addr: u64, next: u64) -> u64 {
     let all = next.saturating_sub(addr);
     let Some(section) = section_of(sections, addr) else { return all };
     let from = (addr - section.addr) as usize;
     let Some(code) = section.data.get(from..from + all as usize) else { return all };
-    let text = code.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
-    if text == code.len() {
-        return all;
-    }
     let mut farthest = 0;
     for ins in Decoder::with_ip(64, code, 0, DecoderOptions::NONE) {
         let flow = ins.flow_control();
@@ -272,12 +269,21 @@ fn without_zeros(sections: &[Section<'_>], addr: u64, next: u64) -> u64 {
             farthest = farthest.max(ins.near_branch_target());
         }
         let ends = matches!(flow, FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return);
-        if ins.is_invalid() || ends && ins.next_ip() >= text as u64 {
-            // Nothing goes on behind it: what is left are zeros.
-            return if ends && farthest < ins.next_ip() { ins.next_ip() } else { all };
+        // Nothing goes on behind it, and nothing leads there.
+        if ends && farthest < ins.next_ip() && code.get(ins.next_ip() as usize..).is_some_and(is_padding) {
+            return ins.next_ip();
+        }
+        if ins.is_invalid() {
+            return all;
         }
     }
     all
+}
+
+/// Zeros, or instructions that do nothing.
+fn is_padding(code: &[u8]) -> bool {
+    let nothing = |ins: iced_x86::Instruction| matches!(ins.mnemonic(), Mnemonic::Nop | Mnemonic::Int3);
+    code.iter().all(|b| *b == 0) || Decoder::new(64, code, DecoderOptions::NONE).into_iter().all(nothing)
 }
 
 fn grouped<'d>(raws: Vec<Raw<'d>>, rel_syms: &mut [RelSym<'d>], target: fn(u32) -> SymTarget) -> Vec<Object<'d>> {

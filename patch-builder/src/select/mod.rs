@@ -264,13 +264,15 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
     s.refusals.sort_by(|a, b| (&a.rule, &a.symbol, &a.message).cmp(&(&b.rule, &b.symbol, &b.message)));
     s.refusals.dedup();
     let marks = |o: &Relocatable| o.symbols.iter().any(|s| s.name == AGENT_MARK && s.section.is_some());
+    let has_mark = |side: &Side<'_>| side.build.objects.iter().any(|o| o.names.iter().any(|n| n.text == AGENT_MARK));
+    let hooks_need_agent = extras.hooks.is_some_and(marks) || !s.hooks.is_empty() && has_mark(new) && !has_mark(old);
     Selection {
         functions: s.functions,
         pieces: s.pieces,
         imports: s.wanted,
         taken: s.taken,
         hooks: s.hooks,
-        hooks_need_agent: extras.hooks.is_some_and(marks),
+        hooks_need_agent,
         hook_functions: s.hook_functions,
         foreign: s.foreign,
         frames: s.frames,
@@ -281,7 +283,7 @@ pub fn select(old: &Side<'_>, new: &Side<'_>, pairing: &Pairing, diff: &Diff, ex
     }
 }
 
-/// A hook object that defines this symbol needs the agent.
+/// Hooks whose object, or new build, defines this symbol need the agent.
 const AGENT_MARK: &str = "livepatch_hooks_need_agent";
 /// The data symbols into which a function takes an address that may be walked on from.
 fn walked(side: &Side<'_>, lifted: &crate::lift::Lifted<'_>) -> HashSet<ObjId> {

@@ -121,6 +121,17 @@ pub fn thread_exists(pid: Pid, tid: Tid) -> bool {
         .is_ok_and(|f| !matches!(f.first().map(String::as_str), Some("Z" | "X")))
 }
 
+/// Whether the numbers that a process has for its threads are those by which /proc lists them here, and it may ask for them.
+#[must_use]
+pub fn shows_threads_of(pid: Pid) -> bool {
+    let space = |who: &str| fs::read_link(format!("/proc/{who}/ns/pid")).ok();
+    let own = std::process::id();
+    // What asks itself may ask.
+    let filtered = pid.0.cast_unsigned() != own && Status::of(pid).map_or(true, |s| s.seccomp != 0);
+    let is_ours = fs::read_link("/proc/self").is_ok_and(|name| name.as_os_str() == own.to_string().as_str());
+    !filtered && is_ours && space("self").is_some_and(|own| space(&pid.to_string()) == Some(own))
+}
+
 /// Whether a thread has ended and is still listed, as a process's first thread is until the last one ends.
 #[must_use]
 pub fn is_zombie(pid: Pid, tid: Tid) -> bool {
