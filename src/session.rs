@@ -41,6 +41,8 @@ const BUCKETS: usize = 40;
 thread_local! {
     /// A bit for each slot: whether the message that is handled runs the new arm. Constant at first and never dropped: stubs read it.
     static ARMS: Cell<u8> = const { Cell::new(0) };
+    /// The bits that a state's version decides for now ([`by_version`]): a message that begins within changes none of them.
+    static FIXED: Cell<u8> = const { Cell::new(0) };
     /// Which counters are this thread's, plus one; and how many messages it has seen.
     static SHARD: Cell<(u8, u8)> = const { Cell::new((0, 0)) };
 }
@@ -191,7 +193,37 @@ pub struct Scope {
 /// Within another scope it counts until it ends. Costs a load where no canary by session is applied.
 pub fn enter(id: u64) -> Scope {
     let decided = Decided::new(id);
-    Scope { before: ARMS.replace(decided.arms), _decided: decided, _thread: PhantomData }
+    Scope { before: ARMS.replace(unless_fixed(decided.arms)), _decided: decided, _thread: PhantomData }
+}
+
+/// The arms of a message, but for those that a state's version decides.
+fn unless_fixed(arms: u8) -> u8 {
+    let fixed = FIXED.get();
+    arms & !fixed | ARMS.get() & fixed
+}
+
+/// The arms and what was fixed of them before [`by_version`].
+#[derive(Debug)]
+#[must_use = "dropped, the arms are as before"]
+pub(crate) struct ByVersion {
+    before: (u8, u8),
+    /// It stays on its thread.
+    _thread: PhantomData<*const ()>,
+}
+
+/// Until it is dropped, the arms of the slots in `mask` are new or old, whatever message is handled.
+pub(crate) fn by_version(mask: u8, new: bool) -> ByVersion {
+    let before = (ARMS.get(), FIXED.get());
+    ARMS.set(if new { before.0 | mask } else { before.0 & !mask });
+    FIXED.set(before.1 | mask);
+    ByVersion { before, _thread: PhantomData }
+}
+
+impl Drop for ByVersion {
+    fn drop(&mut self) {
+        ARMS.set(self.before.0);
+        FIXED.set(self.before.1);
+    }
 }
 
 impl Drop for Scope {
@@ -227,7 +259,7 @@ impl<F: Future> Future for Scoped<F> {
             }
         }
         let this = self.project();
-        let _before = Before(ARMS.replace(this.decided.arms));
+        let _before = Before(ARMS.replace(unless_fixed(this.decided.arms)));
         this.inner.poll(context)
     }
 }
@@ -376,6 +408,28 @@ mod tests {
         assert_eq!(ARMS.get() & 1 << 7, 0);
         let [old, new] = arms(7);
         assert_eq!((old.messages, new.messages), (1, 1));
+    }
+
+    #[test]
+    fn the_version_of_a_state_goes_before_the_share() {
+        let words = record(10_000);
+        open_at(3, words, 1);
+        let bit = 1 << 3;
+        {
+            let _old = by_version(bit, false);
+            let _message = enter(5);
+            assert_eq!(ARMS.get() & bit, 0, "the share says new, the state is old");
+            {
+                let _new = by_version(bit, true);
+                assert_eq!(ARMS.get() & bit, bit);
+            }
+            assert_eq!(ARMS.get() & bit, 0);
+        }
+        {
+            let _message = enter(5);
+            assert_eq!(ARMS.get() & bit, bit);
+        }
+        assert!(close(3));
     }
 
     #[test]

@@ -72,10 +72,17 @@ pub fn adapt<'p>(patch: &'p PatchFile, consistency: &Consistency) -> Cow<'p, Pat
 
 /// Whether the patch may be applied with this consistency. `facts` tells for each function what its old body is like.
 ///
+/// `by_version`: what they don't agree on is kept in states whose version says which code handles them.
+///
 /// # Errors
 ///
 /// Why not.
-pub fn check(patch: &PatchFile, facts: &[OldFacts], consistency: &Consistency) -> Result<(), Refusal> {
+pub fn check(
+    patch: &PatchFile,
+    facts: &[OldFacts],
+    consistency: &Consistency,
+    by_version: bool,
+) -> Result<(), Refusal> {
     if let Consistency::StackBut(names) = consistency {
         let known = |n: &&String| !patch.manifest.functions.iter().any(|f| f.old.is_some() && f.demangled == **n);
         if let Some(name) = names.iter().find(known) {
@@ -85,7 +92,9 @@ pub fn check(patch: &PatchFile, facts: &[OldFacts], consistency: &Consistency) -
     if *consistency == Consistency::Stack {
         return Ok(());
     }
-    agree(patch).map_err(|why| Refusal::Beside { why })?;
+    if !by_version {
+        agree(patch).map_err(|why| Refusal::Beside { why })?;
+    }
     // Its loop would go on in the new function, in the middle of a call of the old one.
     let left = patch.manifest.functions.iter().zip(facts).filter(|(f, _)| consistency.leaves(&f.demangled));
     let jumped = |f: &crate::patch::Function| f.old.as_ref().is_some_and(|o| o.entry.is_some());
