@@ -154,6 +154,8 @@ macro_rules! state {
             const VERSION: u32 = $version;
 
             fn declared() -> &'static $crate::state::Declared<Self> {
+                // Apart from other constants: what refers to the one behind it does not seem to mean this one's end.
+                #[link_section = ".livepatch.states"]
                 static DECLARED: $crate::state::Declared<$type> = $crate::state::Declared::new($id, $version);
                 &DECLARED
             }
