@@ -77,7 +77,13 @@ impl Shared {
 }
 
 impl Engine {
-    pub fn new(switcher: Switcher, keys: Option<Keys>, (bounds, deadlines): (Bounds, Deadlines), shared: Arc<Shared>, log: Log) -> Self {
+    pub fn new(
+        switcher: Switcher,
+        keys: Option<Keys>,
+        (bounds, deadlines): (Bounds, Deadlines),
+        shared: Arc<Shared>,
+        log: Log,
+    ) -> Self {
         Self { switcher, keys, bounds, deadlines, shared, log, observing: None, known: None, tripped: false }
     }
 

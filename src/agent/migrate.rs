@@ -57,7 +57,9 @@ pub fn apply(
     let mut report = own.apply_within(patch, &options, switcher)?;
     let Some(slot) = own.slot().filter(|_| !report.already) else { return Ok(report) };
     migration.begin(slot);
-    report.warnings.extend(migration.loses().into_iter().map(|what| format!("a revert can't carry all of it back: {what}")));
+    report
+        .warnings
+        .extend(migration.loses().into_iter().map(|what| format!("a revert can't carry all of it back: {what}")));
     let failed = match migration.run(Direction::Up, deadlines.into()) {
         Ok(figures) => {
             report.migrated = Some(migrated(figures));
@@ -75,7 +77,9 @@ pub fn apply(
             migration.end();
             Err(refused(format!("{failed}; every state is as it was, and the patch is taken back")))
         }
-        Err(e) => Err(refused(format!("{failed}; every state is as it was; the patch stays, without effect, until it is reverted: {e}"))),
+        Err(e) => Err(refused(format!(
+            "{failed}; every state is as it was; the patch stays, without effect, until it is reverted: {e}"
+        ))),
     }
 }
 
@@ -88,7 +92,12 @@ fn rest(failed: &MigrationError, name: &str) -> String {
 }
 
 /// Reverts a patch, once the states that it migrated are old again.
-pub fn revert(name: Option<&str>, options: &Options, deadlines: Deadlines, switcher: &mut Switcher) -> Result<Report, Error> {
+pub fn revert(
+    name: Option<&str>,
+    options: &Options,
+    deadlines: Deadlines,
+    switcher: &mut Switcher,
+) -> Result<Report, Error> {
     let mut own = Patcher::open_own()?;
     let (patch, slot) = own.to_revert(name)?;
     let Some(migration) = slot.and_then(state::of_slot) else { return own.revert_within(name, options, switcher) };

@@ -134,7 +134,8 @@ impl Builder {
         let switcher = Switcher::install(look, masks::pass_on)?;
         fatal::install(log.descriptor())?;
         let shared = Arc::new(Shared::default());
-        let engine = Arc::new(Mutex::new(Engine::new(switcher, keys, (self.bounds, self.deadlines), Arc::clone(&shared), log)));
+        let engine =
+            Arc::new(Mutex::new(Engine::new(switcher, keys, (self.bounds, self.deadlines), Arc::clone(&shared), log)));
         count_panics(Arc::clone(&shared));
         *started = true;
         let stop = Stop::new()?;

@@ -43,7 +43,7 @@ pub use inside::Inside;
 pub use options::{is_by_state, Canary, Options, STATE};
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
-pub use report::{Migrated, CheckReport, Report, Within};
+pub use report::{CheckReport, Migrated, Report, Within};
 pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus};
 
 /// How long a process may take to become another program.
@@ -337,7 +337,10 @@ impl Patcher {
         let deadline = Instant::now() + options.timeout;
         let newest = self.newest(name)?;
         if newest.payload.canary.as_ref().is_some_and(|c| is_by_state(&c.keys)) {
-            let why = format!("states of the process were migrated for {}, and only the agent can take them back", newest.payload.patch);
+            let why = format!(
+                "states of the process were migrated for {}, and only the agent can take them back",
+                newest.payload.patch
+            );
             return Err(Refusal::State { why }.into());
         }
         let mut report = self.report("revert", &newest.payload.patch);

@@ -107,14 +107,18 @@ pub(crate) fn planned(declared: &[StateVersion]) -> Result<Option<Migration>, St
         for table in mine {
             let has = *table.births.read();
             if has > *version {
-                return Err(format!("the process has version {has} of the state {id}, and the patch knows version {version}"));
+                return Err(format!(
+                    "the process has version {has} of the state {id}, and the patch knows version {version}"
+                ));
             }
             if has == *version {
                 continue;
             }
             if *from != Some(has) {
                 let from = from.map_or_else(|| "none".to_owned(), |v| v.to_string());
-                return Err(format!("the process has version {has} of the state {id}, and the patch comes from version {from}"));
+                return Err(format!(
+                    "the process has version {has} of the state {id}, and the patch comes from version {from}"
+                ));
             }
             if table.arms().is_some() {
                 return Err(format!("another patch with a migration of the state {id} is applied"));
@@ -273,7 +277,9 @@ impl Migration {
         frozen.sort_unstable();
         let us = |share: f64| {
             let at = (frozen.len() as f64 * share) as usize;
-            frozen.get(at.min(frozen.len().saturating_sub(1))).map_or(0.0, |d| (d.as_nanos() as f64 / 100.0).round() / 10.0)
+            frozen
+                .get(at.min(frozen.len().saturating_sub(1)))
+                .map_or(0.0, |d| (d.as_nanos() as f64 / 100.0).round() / 10.0)
         };
         (figures.freeze_p50_us, figures.freeze_p99_us, figures.freeze_max_us) = (us(0.5), us(0.99), us(1.0));
         Ok(figures)
@@ -345,7 +351,8 @@ impl Way<'_> {
         let wrong = if built.version != to {
             Some(format!("the patch's code makes version {} of it, not {to}", built.version))
         } else {
-            (took > self.limits.session).then(|| format!("it took {took:?} to load it, longer than {:?}", self.limits.session))
+            (took > self.limits.session)
+                .then(|| format!("it took {took:?} to load it, longer than {:?}", self.limits.session))
         };
         match wrong {
             None => Ok((built, call.bytes)),
@@ -358,7 +365,11 @@ impl Way<'_> {
 
     fn alive(&self) -> Result<(), String> {
         let given_up = self.progress.given_up.load(Ordering::SeqCst);
-        if given_up { Err("it was given up".into()) } else { Ok(()) }
+        if given_up {
+            Err("it was given up".into())
+        } else {
+            Ok(())
+        }
     }
 
     /// Saves an entry, loads it in the other version and has that one write it again.

@@ -69,7 +69,11 @@ impl Call {
 /// Code of one version and a state of another have met: the memory is not touched.
 #[cold]
 fn apart<S: State>(version: u32) -> ! {
-    panic!("code for version {} of the state {} was given version {version}: nothing of it was touched", S::VERSION, S::ID)
+    panic!(
+        "code for version {} of the state {} was given version {version}: nothing of it was touched",
+        S::VERSION,
+        S::ID
+    )
 }
 
 const fn no_captures<F>() {

@@ -14,7 +14,13 @@ fn entries_are_made_used_and_ended() {
     let table: Table<Count> = Table::new();
     assert!(table.insert(1, 5, |n| Count { n }));
     assert!(!table.insert(1, 6, |n| Count { n }));
-    assert_eq!(table.with(1, 2, |c, more| { c.n += more; c.n }), Some(7));
+    assert_eq!(
+        table.with(1, 2, |c, more| {
+            c.n += more;
+            c.n
+        }),
+        Some(7)
+    );
     assert_eq!(table.with(2, 2, |c, more| c.n + more), None);
     assert_eq!((table.len(), table.ids()), (1, vec![1]));
     assert!(table.remove(1) && !table.remove(1) && table.is_empty());
@@ -28,7 +34,9 @@ fn no_update_is_lost() {
     std::thread::scope(|s| {
         for t in 0..4u64 {
             let table = &table;
-            s.spawn(move || (0..10_000u64).for_each(|i| assert!(table.with((i * 7 + t) % 16, 1, |c, more| c.n += more).is_some())));
+            s.spawn(move || {
+                (0..10_000u64).for_each(|i| assert!(table.with((i * 7 + t) % 16, 1, |c, more| c.n += more).is_some()))
+            });
         }
     });
     let sum: u64 = table.ids().into_iter().filter_map(|id| table.with(id, (), |c, ()| c.n)).sum();

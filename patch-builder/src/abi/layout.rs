@@ -89,12 +89,21 @@ pub fn check(guard: &mut Guard<'_, '_>) {
         });
         match (why, apart) {
             (_, Some(Ok(()))) => {
-                guard.out.notes.push(format!("{} changes, and is migrated with the state that it belongs to", bare(name)));
+                guard
+                    .out
+                    .notes
+                    .push(format!("{} changes, and is migrated with the state that it belongs to", bare(name)));
             }
-            (Some(why), Some(Err(not))) => refuse(guard, &c, &format!("{why}; no migration covers it: {not}"), &followers),
-            (None, Some(Err(not))) => refuse(guard, &c, &format!("with a migration it can't change: {not}"), &followers),
+            (Some(why), Some(Err(not))) => {
+                refuse(guard, &c, &format!("{why}; no migration covers it: {not}"), &followers)
+            }
+            (None, Some(Err(not))) => {
+                refuse(guard, &c, &format!("with a migration it can't change: {not}"), &followers)
+            }
             (Some(why), None) => refuse(guard, &c, &why, &followers),
-            (None, None) => guard.out.notes.push(format!("{} changes, and lives in calls of the patch only", bare(name))),
+            (None, None) => {
+                guard.out.notes.push(format!("{} changes, and lives in calls of the patch only", bare(name)))
+            }
         }
     }
 }

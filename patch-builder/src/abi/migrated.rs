@@ -89,9 +89,10 @@ fn keepers(alive: &Alive<'_, '_>, root: NameId) -> HashSet<NameId> {
         let before = kept.len();
         rest.retain(|name| {
             let keeps = types.defs(*name).iter().any(|d| {
-                super::alive::fields(&d.layout).map(|f| f.ty).chain(d.layout.params.iter().copied()).any(|ty| {
-                    matches!(alive.lead(ty, &kept, 0), Lead::Held | Lead::Borrowed | Lead::Pointed)
-                })
+                super::alive::fields(&d.layout)
+                    .map(|f| f.ty)
+                    .chain(d.layout.params.iter().copied())
+                    .any(|ty| matches!(alive.lead(ty, &kept, 0), Lead::Held | Lead::Borrowed | Lead::Pointed))
             });
             if keeps {
                 kept.insert(*name);
@@ -113,9 +114,8 @@ fn outside(alive: &Alive<'_, '_>, calls: &Calls, kept: &HashSet<NameId>) -> Opti
         starts.entry(*f).or_default().extend(build.func_at(*addr));
     }
     let mut known: HashMap<u32, bool> = HashMap::new();
-    let mut leads = |ty| {
-        *known.entry(ty).or_insert_with(|| !matches!(alive.lead(ty, kept, 0), Lead::No | Lead::Through))
-    };
+    let mut leads =
+        |ty| *known.entry(ty).or_insert_with(|| !matches!(alive.lead(ty, kept, 0), Lead::No | Lead::Through));
     let (mut mention, mut given) = (Vec::new(), HashSet::<FuncId>::new());
     let mut shims: HashSet<FuncId> = HashSet::new();
     for (id, f) in types.functions.iter().enumerate() {
