@@ -83,6 +83,17 @@ pub fn apply(
     }
 }
 
+/// Whether a share decides who runs a patch, and not the version of states.
+pub fn may_set_share(name: &str) -> Result<Patcher, Error> {
+    let own = Patcher::open_own()?;
+    match own.to_revert(Some(name)) {
+        Ok((_, Some(_))) => {
+            Err(Refusal::Canary { why: format!("{name} goes by the versions of states, not by a share") }.into())
+        }
+        _ => Ok(own),
+    }
+}
+
 /// What is left of a migration that could not be taken back whole.
 fn rest(failed: &MigrationError, name: &str) -> String {
     match &failed.left {

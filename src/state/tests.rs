@@ -2,7 +2,7 @@
 
 use super::*;
 
-#[derive(Serialize, serde::Deserialize)]
+#[derive(serde::Serialize, serde::Deserialize)]
 struct Count {
     n: u64,
 }
