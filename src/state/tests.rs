@@ -6,7 +6,7 @@ use super::*;
 struct Count {
     n: u64,
 }
-state!(Count, "test.count", 1);
+crate::state!(Count, "test.count", 1);
 impl State for Count {}
 
 #[test]
