@@ -68,6 +68,8 @@ pub mod shadow;
 #[cfg(feature = "engine")]
 pub mod stack;
 #[cfg(feature = "agent")]
+pub mod state;
+#[cfg(feature = "agent")]
 pub mod switch;
 #[cfg(feature = "engine")]
 pub mod symbols;

@@ -41,6 +41,8 @@ thread_local! {
     static ARMS: Cell<u8> = const { Cell::new(0) };
     /// A bit for each slot that was active when the message that is handled began.
     static ACTIVE_THEN: Cell<u8> = const { Cell::new(0) };
+    /// The bits that a state's version decides for now ([`by_version`]): a message that begins within changes none of them.
+    static FIXED: Cell<u8> = const { Cell::new(0) };
     /// Which counters are this thread's, plus one; and how many messages it has seen.
     static SHARD: Cell<(u8, u8)> = const { Cell::new((0, 0)) };
 }
@@ -161,7 +163,7 @@ impl Decided {
 
     /// From now on the thread handles this message.
     fn begin(&self) -> Before {
-        Before { arms: ARMS.replace(self.arms), active: ACTIVE_THEN.replace(self.active) }
+        Before { arms: ARMS.replace(unless_fixed(self.arms)), active: ACTIVE_THEN.replace(self.active) }
     }
 }
 
@@ -205,6 +207,36 @@ pub struct Scope {
 pub fn enter(id: u64) -> Scope {
     let decided = Decided::new(id);
     Scope { _before: decided.begin(), _decided: decided, _thread: PhantomData }
+}
+
+/// The arms of a message, but for those that a state's version decides.
+fn unless_fixed(arms: u8) -> u8 {
+    let fixed = FIXED.get();
+    arms & !fixed | ARMS.get() & fixed
+}
+
+/// The arms and what was fixed of them before [`by_version`].
+#[derive(Debug)]
+#[must_use = "dropped, the arms are as before"]
+pub(crate) struct ByVersion {
+    before: (u8, u8),
+    /// It stays on its thread.
+    _thread: PhantomData<*const ()>,
+}
+
+/// Until it is dropped, the arms of the slots in `mask` are new or old, whatever message is handled.
+pub(crate) fn by_version(mask: u8, new: bool) -> ByVersion {
+    let before = (ARMS.get(), FIXED.get());
+    ARMS.set(if new { before.0 | mask } else { before.0 & !mask });
+    FIXED.set(before.1 | mask);
+    ByVersion { before, _thread: PhantomData }
+}
+
+impl Drop for ByVersion {
+    fn drop(&mut self) {
+        ARMS.set(self.before.0);
+        FIXED.set(self.before.1);
+    }
 }
 
 /// The message around the one that begins, put back when that one ends, or panics.
@@ -413,6 +445,28 @@ mod tests {
         let [old, new] = arms(7);
         assert_eq!((old.messages, new.messages), (1, 1));
         assert_eq!((old.failed, new.failed), (0, 1), "outside of a message nothing is counted");
+    }
+
+    #[test]
+    fn the_version_of_a_state_goes_before_the_share() {
+        let words = record(10_000);
+        open_at(3, words, 1);
+        let bit = 1 << 3;
+        {
+            let _old = by_version(bit, false);
+            let _message = enter(5);
+            assert_eq!(ARMS.get() & bit, 0, "the share says new, the state is old");
+            {
+                let _new = by_version(bit, true);
+                assert_eq!(ARMS.get() & bit, bit);
+            }
+            assert_eq!(ARMS.get() & bit, 0);
+        }
+        {
+            let _message = enter(5);
+            assert_eq!(ARMS.get() & bit, bit);
+        }
+        assert!(close(3));
     }
 
     #[test]

@@ -33,6 +33,7 @@ fn report(action: &'static str, patch: &str, given: &str) -> Report {
         threads: 3,
         attempts: 1,
         within: None,
+        migrated: None,
         warnings: vec![given.to_owned()],
     }
 }

@@ -57,6 +57,7 @@ fn report(pid: i32, entries: usize) -> Report {
         threads: 3,
         attempts: 1,
         within: None,
+        migrated: None,
         warnings: vec![],
     }
 }

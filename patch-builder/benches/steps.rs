@@ -81,6 +81,7 @@ fn steps(c: &mut Criterion) {
         types: "",
         layouts: &[],
         together: &[],
+        states: &[],
         unlike: &BTreeSet::new(),
         statics: &BTreeMap::new(),
         after: None,

@@ -200,6 +200,7 @@ fn run_all(options: &Options, mut meter: Meter<'_>, examine: &Examine<'_>) -> Re
             together: &contract.together(),
             unlike: &contract.unlike,
             statics: &contract.statics,
+            states: &contract.states,
             after: after.as_ref(),
         };
         match meter.phase("emit", || emit(&old, &new, &found, &selection, &about)) {

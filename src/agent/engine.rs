@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use super::breaker::{Bounds, Judge, Observed};
 use super::fatal;
 use super::log::{By, Event, Log};
+use super::migrate::{self, Deadlines};
 use super::peer::Peer;
 use super::sealed::SealedPatch;
 use super::wire::{Answer, Failure, FailureKind, Given, Info, Request};
@@ -25,6 +26,7 @@ pub struct Engine {
     switcher: Switcher,
     keys: Option<Keys>,
     bounds: Bounds,
+    deadlines: Deadlines,
     shared: Arc<Shared>,
     log: Log,
     /// The patch that is observed: its digest, and when it was applied.
@@ -78,9 +80,15 @@ impl Shared {
 }
 
 impl Engine {
-    pub fn new(switcher: Switcher, keys: Option<Keys>, bounds: Bounds, shared: Arc<Shared>, log: Log) -> Self {
+    pub fn new(
+        switcher: Switcher,
+        keys: Option<Keys>,
+        (bounds, deadlines): (Bounds, Deadlines),
+        shared: Arc<Shared>,
+        log: Log,
+    ) -> Self {
         let judge = Judge::new(Instant::now(), &shared.observed);
-        Self { switcher, keys, bounds, shared, log, observing: None, judge, known: None, tripped: false }
+        Self { switcher, keys, bounds, deadlines, shared, log, observing: None, judge, known: None, tripped: false }
     }
 
     /// Answers a request.
@@ -110,7 +118,7 @@ impl Engine {
                 self.revert(name.as_deref(), all, &options, by).map(Answer::Reports)
             }
             Request::Canary { name, share } => {
-                let done = Patcher::open_own().and_then(|mut p| p.set_share(&name, share));
+                let done = migrate::may_set_share(&name).and_then(|mut p| p.set_share(&name, share));
                 self.log.write(by, &Event::of("canary", Some(&name), done.as_ref().map(drop)));
                 done.map(|()| Answer::Done)
             }
@@ -154,7 +162,7 @@ impl Engine {
 
     /// Applies a patch.
     pub fn apply(&mut self, patch: &PatchFile, options: &Options, by: By) -> Result<Report, Error> {
-        let done = Patcher::open_own().and_then(|mut p| p.apply_within(patch, options, &mut self.switcher));
+        let done = migrate::apply(patch, options, self.deadlines, &mut self.switcher);
         if !matches!(done, Err(Error::Outside { .. })) {
             let event = Event::of("apply", Some(&patch.manifest.name), done.as_ref().map(drop));
             self.log.write(by, &event.with(&done));
@@ -171,7 +179,7 @@ impl Engine {
     pub fn revert(&mut self, name: Option<&str>, all: bool, options: &Options, by: By) -> Result<Vec<Report>, Error> {
         let mut out = Vec::new();
         loop {
-            let done = Patcher::open_own().and_then(|mut p| p.revert_within(name, options, &mut self.switcher));
+            let done = migrate::revert(name, options, self.deadlines, &mut self.switcher);
             if all && !out.is_empty() && matches!(done, Err(Error::NothingApplied { .. })) {
                 break;
             }

@@ -13,6 +13,8 @@ pub mod heap;
 mod log;
 #[cfg(feature = "agent")]
 pub mod masks;
+#[cfg(feature = "agent")]
+mod migrate;
 pub mod peer;
 #[cfg(feature = "agent")]
 mod place;

@@ -15,6 +15,7 @@ use super::fatal;
 use super::heap::{self, HeapError};
 use super::log::{By, Log};
 use super::masks::{self, OwnError};
+use super::migrate::Deadlines;
 use super::server::{ServeError, Server, Stop};
 use crate::patch::PatchFile;
 use crate::patcher::{Error, Options, Report};
@@ -54,6 +55,7 @@ pub struct Builder {
     look: Option<i32>,
     arena_bytes: usize,
     bounds: Bounds,
+    deadlines: Deadlines,
 }
 
 impl Builder {
@@ -100,6 +102,13 @@ impl Builder {
         self
     }
 
+    /// How long the migration of one entry of a state may take, and that of all; 500 ms and 60 s without this.
+    #[must_use]
+    pub fn migration(mut self, entry: Duration, total: Duration) -> Self {
+        self.deadlines = Deadlines { session: entry, total };
+        self
+    }
+
     /// Starts it.
     ///
     /// # Errors
@@ -126,7 +135,8 @@ impl Builder {
         let switcher = Switcher::install(look, masks::pass_on)?;
         fatal::install(log.descriptor())?;
         let shared = Arc::new(Shared::default());
-        let engine = Arc::new(Mutex::new(Engine::new(switcher, keys, self.bounds, Arc::clone(&shared), log)));
+        let engine =
+            Arc::new(Mutex::new(Engine::new(switcher, keys, (self.bounds, self.deadlines), Arc::clone(&shared), log)));
         count_panics(Arc::clone(&shared));
         *started = true;
         let stop = Stop::new()?;

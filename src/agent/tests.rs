@@ -164,6 +164,7 @@ fn answers_come_back() {
         threads: 9,
         attempts: 1,
         within: None,
+        migrated: None,
         warnings: vec!["w".into()],
     };
     let patch = PatchStatus {

@@ -373,6 +373,17 @@ pub struct Static {
 pub struct StateVersion {
     /// The state's id.
     pub id: String,
-    /// Its version.
+    /// Its version in the new build.
     pub version: u32,
+    /// Its version in the old build; `None` if that has no such state, and in formats that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u32>,
+}
+
+impl StateVersion {
+    /// Whether the patch migrates it.
+    #[must_use]
+    pub fn migrates(&self) -> bool {
+        self.from.is_some_and(|from| from != self.version)
+    }
 }

@@ -60,6 +60,10 @@ impl Patcher {
             let why = format!("{name} was applied to all calls");
             return Err(Refusal::Canary { why }.into());
         }
+        if found.payload.canary.as_ref().is_some_and(|c| super::is_by_state(&c.keys)) && !self.by_threads {
+            let why = format!("{name} goes by the versions of states, not by a share");
+            return Err(Refusal::Canary { why }.into());
+        }
         self.process.adopt(found.region);
         write(&mut self.process, found.region.start, found.mutable.share, share.min(crate::insn::WHOLE)).map(drop)
     }

@@ -137,8 +137,10 @@ impl Patcher {
         if let Some(hook) = manifest.hooks.first().filter(|_| in_static) {
             noes.0.push(Refusal::Unsupported { what: format!("the hook {} in a static program", hook.symbol) });
         }
-        if let Some(state) = manifest.states.first() {
-            noes.0.push(Refusal::Unsupported { what: format!("a migration of the state {}", state.id) });
+        if let Some(state) = manifest.states.iter().find(|s| s.migrates() && !self.by_threads) {
+            noes.0.push(Refusal::State {
+                why: format!("a migration of the state {} needs the agent, which takes its entries over", state.id),
+            });
         }
         let records = self.records()?;
         let sequence = records.iter().map(|r| r.mutable.sequence).max().unwrap_or(0) + 1;
@@ -168,9 +170,9 @@ impl Patcher {
         }
         let facts = self.check_code(image, patch, replaced.as_ref(), &mut noes);
         let previous = replaced.as_ref().map_or_else(Vec::new, |r| r.chain.clone());
-        noes.ask(
-            plan::beside::check(patch, &facts, &options.of_apply(), options.canary.is_some()).map_err(Error::from),
-        )?;
+        let by_version = options.canary.as_ref().is_some_and(|c| super::is_by_state(&c.keys));
+        let arms = options.canary.as_ref().map(|_| by_version);
+        noes.ask(plan::beside::check(patch, &facts, &options.of_apply(), arms).map_err(Error::from))?;
         noes.ask(check_keys(patch, options, self.session))?;
         let imports = self.imports(image, patch, &mut noes)?;
         let links = Links { bias: image.bias, imports, previous };

@@ -40,10 +40,10 @@ use rewrite::{longer, Place};
 
 pub use error::{Error, NotQuiescent, TraceLine};
 pub use inside::Inside;
-pub use options::{Canary, Options};
+pub use options::{is_by_state, Canary, Options, STATE};
 pub use reclaim::Reclaimed;
 pub use recover::{Outcome, Recovered};
-pub use report::{CheckReport, Report, Within};
+pub use report::{CheckReport, Migrated, Report, Within};
 pub use status::{patched_processes, status_of, Confirmed, PatchStatus, ProcessStatus, ShadowStatus};
 
 /// How long a process may take to become another program.
@@ -325,6 +325,13 @@ impl Patcher {
         self.finished()?;
         let deadline = Instant::now() + options.timeout;
         let newest = self.newest(name)?;
+        if newest.payload.canary.as_ref().is_some_and(|c| is_by_state(&c.keys)) {
+            let why = format!(
+                "states of the process were migrated for {}, and only the agent can take them back",
+                newest.payload.patch
+            );
+            return Err(Refusal::State { why }.into());
+        }
         let mut report = self.report("revert", &newest.payload.patch);
         let patch = newest.payload.patch.clone();
         report.functions = names(newest.payload.functions.iter().filter(|f| f.old.is_some()).map(|f| &f.demangled));
@@ -430,6 +437,7 @@ impl Patcher {
             threads: 0,
             attempts: 0,
             within: None,
+            migrated: None,
             warnings: Vec::new(),
         }
     }

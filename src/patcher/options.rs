@@ -46,11 +46,26 @@ pub struct Options {
 /// The key that stands for the session of a message.
 pub const SESSION: &str = "session";
 
+/// The key that stands for the version of the state that a call works on, which the agent migrates.
+pub const STATE: &str = "state";
+
+/// Whether what decides between old and new is the version of a state.
+#[must_use]
+pub fn is_by_state(keys: &[(String, u8)]) -> bool {
+    keys.iter().any(|(key, argument)| key == STATE && *argument == 0)
+}
+
 impl Canary {
     /// Whether the key is the session of a message, which the program tells.
     #[must_use]
     pub fn is_by_session(&self) -> bool {
         self.keys.iter().any(|(function, argument)| function == SESSION && *argument == 0)
+    }
+
+    /// Of a patch with a migration: none of the messages, until states are new.
+    #[must_use]
+    pub fn by_state() -> Self {
+        Self { share: 0, keys: vec![(SESSION.into(), 0), (STATE.into(), 0)] }
     }
 }
 

@@ -33,8 +33,32 @@ pub struct Report {
     /// What it took from inside, where nobody was held.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within: Option<Within>,
+    /// What it took to migrate states.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migrated: Option<Migrated>,
     /// What went less well than it could.
     pub warnings: Vec<String>,
+}
+
+/// What a migration took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Migrated {
+    /// How many entries went over.
+    pub sessions: usize,
+    /// How long half of them at most were locked, in µs.
+    pub freeze_p50_us: f64,
+    /// How long 99 of 100 at most were.
+    pub freeze_p99_us: f64,
+    /// How long the longest was.
+    pub freeze_max_us: f64,
+    /// How many were in use again and again, and were loaded under their lock.
+    pub under_lock: usize,
+    /// How long the trial took, in ms.
+    pub trial_ms: f64,
+    /// How long the commit took, in ms.
+    pub commit_ms: f64,
+    /// How many bytes the saved entries have together.
+    pub bytes: u64,
 }
 
 /// What a switch from inside the process took.

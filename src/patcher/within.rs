@@ -106,6 +106,12 @@ impl Patcher {
         switcher: &mut Switcher,
     ) -> Result<Report, Error> {
         let by_session = options.canary.as_ref().is_some_and(Canary::is_by_session);
+        if options.canary.is_none() {
+            if let Some(state) = patch.manifest.states.iter().find(|s| s.migrates()) {
+                let why = format!("the state {} has to be migrated", state.id);
+                return Err(Refusal::State { why }.into());
+            }
+        }
         let patch = &*options.adapt(patch);
         let pid = self.process.pid();
         let _lock = self.process.lock()?;
@@ -275,10 +281,27 @@ impl Patcher {
         }
     }
 
+    /// The patch that a revert would take, and the slot of its stubs if its states have to be taken back before.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or not of this name.
+    pub fn to_revert(&self, name: Option<&str>) -> Result<(String, Option<u8>), Error> {
+        let newest = self.newest(name)?;
+        let canary = newest.payload.canary.filter(|c| super::is_by_state(&c.keys));
+        Ok((newest.payload.patch, canary.and_then(|c| c.session).map(|key| key.slot)))
+    }
+
+    /// The slot of the stubs of an apply by session, once it is done.
+    #[must_use]
+    pub fn slot(&self) -> Option<u8> {
+        self.session.map(|key| key.slot)
+    }
+
     /// Whether traps may stand over this code of these functions.
     fn may_trap<'n>(&self, mut functions: impl Iterator<Item = &'n str>, code: &[Watched]) -> Result<(), Error> {
         // What runs in the handlers of a switch must not trap itself.
-        if let Some(own) = functions.find(|f| f.contains("livepatch::")) {
+        if let Some(own) = functions.find(|f| f.replace("livepatch::state::", "").contains("livepatch::")) {
             return Err(outside(format!("{own} is the agent's own code")));
         }
         if is_c_library(&self.images, code) {

@@ -210,6 +210,12 @@ pub enum Refusal {
         /// Why.
         why: String,
     },
+    /// States of the process and those that the patch knows don't fit, or can't be migrated so.
+    #[error("{why}")]
+    State {
+        /// Why.
+        why: String,
+    },
     /// The process has seen a patch of a higher revision.
     #[error("the patch is signed as {}, and the process has seen revision {seen}", revision.map_or_else(|| "of no revision".to_owned(), |r| format!("revision {r}")))]
     Replay {
@@ -274,6 +280,7 @@ impl Refusal {
             Self::Import { .. } => "import",
             Self::Hook { .. } => "hook",
             Self::Canary { .. } => "canary",
+            Self::State { .. } => "state",
             Self::Replay { .. } => "replay",
             Self::InUse { .. } => "in-use",
             Self::Unsupported { .. } => "unsupported",
@@ -321,6 +328,7 @@ impl Refusal {
             Self::Import { remedy, .. } => remedy.clone(),
             Self::Hook { .. } => "mend what it names, or ask whoever wrote the hook".into(),
             Self::Canary { .. } => "give each function of the patch its key (--key FUNC:argN), or apply it to all calls".into(),
+            Self::State { .. } => "build the patch from the versions that the process has, and apply it to all through the agent that is linked in".into(),
             Self::Replay { .. } => "apply the newest patch; if it is meant to go back, --allow replay".into(),
             Self::InUse { .. } => "it does no harm where it is; try again later, or leave it".into(),
             Self::Unsupported { .. } => "build the patch without it".into(),

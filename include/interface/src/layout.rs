@@ -133,7 +133,7 @@ impl Function {
     }
 }
 
-const fn pointer<T, P>(mark: &'static str, to: &'static Layout, may_write: bool) -> Layout {
+const fn pointer<P>(mark: &'static str, to: &'static Layout, may_write: bool) -> Layout {
     assert!(!(may_write && to.owns()), "what owns memory may cross an interface by shared reference only");
     Layout::of::<P>("", Shape::Pointer { mark, to })
 }
@@ -152,7 +152,7 @@ macro_rules! pointers {
     ($($ty:ty, $mark:literal, $may_write:literal;)*) => { $(
         // SAFETY: a thin pointer, and what it leads to is described, too (1, 2).
         unsafe impl<T: Crosses> Crosses for $ty {
-            const LAYOUT: &'static Layout = &pointer::<T, $ty>($mark, T::LAYOUT, $may_write);
+            const LAYOUT: &'static Layout = &pointer::<$ty>($mark, T::LAYOUT, $may_write);
         }
     )* };
 }

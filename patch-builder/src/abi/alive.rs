@@ -25,7 +25,7 @@ pub struct Build<'a, 'd> {
 
 /// How a type expression leads to a set of names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Lead {
+pub(super) enum Lead {
     No,
     /// As a parameter of a function type.
     Through,
@@ -50,6 +50,21 @@ impl<'a, 'd> Alive<'a, 'd> {
     pub fn new(build: Build<'a, 'd>) -> Self {
         let covered = covered(build.side, &build.patched);
         Self { build, covered, mentioned_by: OnceCell::new() }
+    }
+
+    /// The types of the build.
+    pub(super) fn types(&self) -> &Types {
+        self.build.types
+    }
+
+    /// The build.
+    pub(super) fn build(&self) -> &crate::build::Build<'d> {
+        &self.build.side.build
+    }
+
+    /// Who calls whom in it.
+    pub(super) fn calls(&self) -> Calls {
+        calls(self.build.side)
     }
 
     /// Why objects of the type `root`, defined at `place`, may be alive; `None` if that is ruled out.
@@ -99,7 +114,7 @@ impl<'a, 'd> Alive<'a, 'd> {
         within
     }
 
-    fn lead(&self, ty: TyId, within: &HashSet<NameId>, depth: u32) -> Lead {
+    pub(super) fn lead(&self, ty: TyId, within: &HashSet<NameId>, depth: u32) -> Lead {
         let types = self.build.types;
         if depth > 40 {
             return Lead::Held;
@@ -139,12 +154,17 @@ impl<'a, 'd> Alive<'a, 'd> {
         })
     }
 
-    fn in_state_machine(&self, names: &[NameId]) -> Option<String> {
+    pub(super) fn in_state_machine(&self, names: &[NameId]) -> Option<String> {
         let name = names.iter().map(|n| self.build.types.name(*n)).find(|n| super::is_state_machine(n))?;
         Some(format!("the future {name} keeps one"))
     }
 
-    fn in_statics(&self, within: &HashSet<NameId>, names: &[NameId], foreign: &BTreeSet<u32>) -> Option<String> {
+    pub(super) fn in_statics(
+        &self,
+        within: &HashSet<NameId>,
+        names: &[NameId],
+        foreign: &BTreeSet<u32>,
+    ) -> Option<String> {
         let types = self.build.types;
         for s in types.statics.iter().filter(|s| !foreign.contains(&s.unit)) {
             let name = types.name(s.name);
@@ -239,42 +259,49 @@ impl<'a, 'd> Alive<'a, 'd> {
 }
 
 /// Fields, discriminants and what variants hold.
-fn fields(layout: &Layout) -> impl Iterator<Item = &Field> {
+pub(super) fn fields(layout: &Layout) -> impl Iterator<Item = &Field> {
     let arms = layout.variants.iter().flat_map(|v| v.arms.iter().map(|a| &a.field).chain(&v.discr));
     layout.fields.iter().chain(arms)
 }
 
-/// The patched functions, and those that run only while one of these has a frame: called (never jumped to) by such
-/// functions alone, and held by nobody.
-fn covered(side: &Side<'_>, patched: &BTreeSet<FuncId>) -> BTreeSet<FuncId> {
+/// Who calls whom, and whose address is held.
+pub(super) struct Calls {
+    /// By a call or a jump.
+    pub callers: HashMap<FuncId, BTreeSet<FuncId>>,
+    /// Those that are jumped to: their caller has no frame then.
+    pub jumped: HashSet<FuncId>,
+    /// Those that data or code holds the address of, or that are exported.
+    pub held: HashSet<FuncId>,
+}
+
+fn calls(side: &Side<'_>) -> Calls {
     let build = &side.build;
     let mut callers: HashMap<FuncId, BTreeSet<FuncId>> = HashMap::new();
-    let mut open: HashSet<FuncId> = HashSet::new();
+    let (mut jumped, mut held) = (HashSet::new(), HashSet::new());
     for (h, lifted) in side.lifted.iter().enumerate() {
         let h = h as FuncId;
         for r in &lifted.refs {
             match r.target {
                 Target::Func(f, 0) if r.access == Access::Branch => {
                     let opcode = (r.at as usize).checked_sub(1).and_then(|i| lifted.masked.get(i));
-                    if opcode == Some(&0xe8) || f == h {
-                        callers.entry(f).or_default().insert(h);
-                    } else {
-                        open.insert(f);
+                    callers.entry(f).or_default().insert(h);
+                    if opcode != Some(&0xe8) && f != h {
+                        jumped.insert(f);
                     }
                 }
                 Target::Func(f, _) => {
-                    open.insert(f);
+                    held.insert(f);
                 }
                 Target::Slot(at) => {
                     if let crate::compare::Place::Pointer(Target::Func(f, _)) = crate::compare::slot(side, at) {
-                        open.insert(f);
+                        held.insert(f);
                     }
                 }
                 _ => {}
             }
         }
     }
-    let mut pointed = |to: u64| open.extend(build.func_at(to));
+    let mut pointed = |to: u64| held.extend(build.func_at(to));
     for r in build.dynamic.values() {
         match r.kind {
             DynKind::Relative(to) | DynKind::Own(to, _) | DynKind::Ifunc(to) => pointed(to),
@@ -286,7 +313,16 @@ fn covered(side: &Side<'_>, patched: &BTreeSet<FuncId>) -> BTreeSet<FuncId> {
     });
     build.exported.iter().for_each(|at| pointed(*at));
     pointed(build.entry);
-    let mut out: BTreeSet<FuncId> = callers.keys().copied().filter(|f| !open.contains(f)).collect();
+    Calls { callers, jumped, held }
+}
+
+/// The patched functions, and those that run only while one of these has a frame: called (never jumped to) by such
+/// functions alone, and held by nobody.
+fn covered(side: &Side<'_>, patched: &BTreeSet<FuncId>) -> BTreeSet<FuncId> {
+    let Calls { mut callers, jumped, held } = calls(side);
+    let open: HashSet<FuncId> = jumped.into_iter().chain(held).collect();
+    callers.retain(|f, _| !open.contains(f));
+    let mut out: BTreeSet<FuncId> = callers.keys().copied().collect();
     out.extend(patched);
     // One that anything outside calls is outside, and so are then those that it calls.
     let mut calls: HashMap<FuncId, Vec<FuncId>> = HashMap::new();

@@ -6,7 +6,7 @@ use super::alive::{Alive, Build};
 use super::beside::beside;
 use super::numbered::{is_numbered, skeleton};
 use super::same::{Compare, Difference};
-use super::{bare, is_state_machine, Guard};
+use super::{bare, is_state_machine, migrated, Guard};
 use crate::types::{Def, Depth, Keyword, Layout, NameId, Ty, TyId, Types};
 
 /// A definition that changes.
@@ -61,6 +61,8 @@ pub fn check(guard: &mut Guard<'_, '_>) {
     let patched = replaced.into_iter().chain(parts).collect();
     let in_old = Build { types: &old_bodies, side: guard.inputs.old, patched, entered };
     let (in_old, in_new) = (Alive::new(in_old), Alive::new(in_new));
+    let of = guard.migrated();
+    let calls = (!of[0].is_empty()).then(|| [in_old.calls(), in_new.calls()]);
     for c in roots {
         let name = old.name(c.old.0);
         let why = if is_state_machine(name) {
@@ -74,9 +76,34 @@ pub fn check(guard: &mut Guard<'_, '_>) {
             ask(&in_old, (old, c.old.1), &old_bodies, name, "old")
                 .or_else(|| ask(&in_new, (new, c.new.1), &new_bodies, new.name(c.new.0), "new"))
         };
-        match why {
-            Some(why) => refuse(guard, &c, &why, &followers),
-            None => guard.out.notes.push(format!("{} changes, and lives in calls of the patch only", bare(name))),
+        // With a migration no call of the patch is what it was for all: even what lives in calls only must not get from one to the other.
+        let apart = calls.as_ref().map(|calls| {
+            let ask = |alive: &Alive<'_, '_>, which: usize, name: &str, build: &str| {
+                let root = alive.types().name_id(name)?;
+                let of: HashSet<&str> = of[which].iter().map(String::as_str).collect();
+                let why = migrated::why_not(alive, &calls[which], root, &of, why.is_some())?;
+                Some(format!("in the {build} build, {why}"))
+            };
+            let not = ask(&in_old, 0, name, "old").or_else(|| ask(&in_new, 1, new.name(c.new.0), "new"));
+            not.map_or(Ok(()), Err)
+        });
+        match (why, apart) {
+            (_, Some(Ok(()))) => {
+                guard
+                    .out
+                    .notes
+                    .push(format!("{} changes, and is migrated with the state that it belongs to", bare(name)));
+            }
+            (Some(why), Some(Err(not))) => {
+                refuse(guard, &c, &format!("{why}; no migration covers it: {not}"), &followers)
+            }
+            (None, Some(Err(not))) => {
+                refuse(guard, &c, &format!("with a migration it can't change: {not}"), &followers)
+            }
+            (Some(why), None) => refuse(guard, &c, &why, &followers),
+            (None, None) => {
+                guard.out.notes.push(format!("{} changes, and lives in calls of the patch only", bare(name)))
+            }
         }
     }
 }

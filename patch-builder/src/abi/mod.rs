@@ -9,13 +9,16 @@ mod after;
 mod alive;
 mod beside;
 mod layout;
+mod migrated;
 mod numbered;
 mod same;
 mod signature;
 mod vtable;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
+
+use livepatch::patch::StateVersion;
 
 use crate::build::{demangle, FuncId};
 use crate::diff::Diff;
@@ -68,6 +71,8 @@ pub struct Contract {
     pub layouts: Vec<LayoutRecord>,
     /// The digest of the type of each new static, by its place in the new build; without those whose type is unknown.
     pub statics: BTreeMap<u64, String>,
+    /// The states that the new build declares.
+    pub states: Vec<StateVersion>,
 }
 
 impl Contract {
@@ -116,7 +121,9 @@ fn bare(name: &str) -> &str {
 pub fn check(inputs: Inputs<'_, '_>) -> Contract {
     let [old, new] = inputs.types;
     let compare = Compare::new(old, new, learn(inputs));
-    let mut guard = Guard { inputs, compare, changed: BTreeSet::new(), out: Contract::default() };
+    let states = [(old, inputs.old), (new, inputs.new)].map(|(types, side)| migrated::declared(types, &side.build));
+    let mut guard = Guard { inputs, compare, changed: BTreeSet::new(), states, out: Contract::default() };
+    guard.out.states = migrated::versions(&guard.states[0], &guard.states[1]);
     if inputs.selection.functions.is_empty() {
         return guard.out;
     }
@@ -154,7 +161,18 @@ struct Guard<'a, 'd> {
     compare: Compare<'a>,
     /// Types of the new build whose layout differs from the old one's.
     changed: BTreeSet<NameId>,
+    /// The states that both builds declare.
+    states: [Vec<migrated::Declared>; 2],
     out: Contract,
+}
+
+impl Guard<'_, '_> {
+    /// The types of the states that the patch migrates, in the old build and in the new one.
+    fn migrated(&self) -> [HashSet<String>; 2] {
+        let migrates = |id: &str| self.out.states.iter().any(|s| s.id == id && s.migrates());
+        let of = |all: &[migrated::Declared]| all.iter().filter(|d| migrates(&d.id)).map(|d| d.of.clone()).collect();
+        [of(&self.states[0]), of(&self.states[1])]
+    }
 }
 
 impl Guard<'_, '_> {

@@ -123,6 +123,8 @@ pub struct About<'a> {
     pub unlike: &'a BTreeSet<FuncId>,
     /// The digest of the type of each new static, by its place in the new build.
     pub statics: &'a BTreeMap<u64, String>,
+    /// The states that the new build declares.
+    pub states: &'a [patch::StateVersion],
     /// The patch that it takes the place of.
     pub after: Option<&'a PatchFile>,
 }
@@ -250,6 +252,7 @@ pub fn emit(
     let mut manifest = manifest(old, new, diff, selection, &layout, about, &mut refusals);
     manifest.allowances = about.allowances.to_vec();
     manifest.types = about.types.to_owned();
+    manifest.states = about.states.to_vec();
     manifest.together = Some(about.together.to_vec());
     manifest.layouts = about.layouts.iter().filter_map(type_layout).collect();
     if !refusals.is_empty() {
