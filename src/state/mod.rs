@@ -19,7 +19,7 @@
 //! two goes in as a canary: stubs stand at the entries, and what decides which code a call runs is the version of the entry that is
 //! locked. Each entry is then saved by the old code and loaded by the new.
 //!
-//! *Invariant:* whatever touches an entry is reached through the entry of one function ([`shims`]), which a patch replaces when the version
+//! *Invariant:* whatever touches an entry is reached through the entry of one function (`shims`), which a patch replaces when the version
 //! changes, and which compares the version that it was compiled for with the entry's before it touches it.
 
 use std::fmt;

@@ -2,7 +2,7 @@
 //!
 //! Nothing of a table depends on the type of what it keeps: the map, the locks and this code are the same before, in and after a migration.
 //!
-//! Contract of the `unsafe` in this module, beside that of [`shims`](super::shims): a state is used by whoever has its slot's lock, as the
+//! Contract of the `unsafe` in this module, beside that of [`super::shims`]: a state is used by whoever has its slot's lock, as the
 //! version that the slot says, with that version's arm.
 #![allow(unsafe_code)]
 
