@@ -69,7 +69,7 @@ impl Inside {
 
     pub fn line(&mut self) -> String {
         self.lines
-            .recv_timeout(Duration::from_secs(20))
+            .recv_timeout(Duration::from_secs(90))
             .unwrap_or_else(|e| panic!("the program does not answer: {e}, {:?}", self.child.try_wait()))
     }
 
