@@ -177,7 +177,8 @@ fn processes_that_cannot_be_patched_are_told_apart() {
     run(&["apply", "x", fix], 2);
     run(&["apply", "1"], 2);
     run(&["canary", "1", "x", "much"], 2);
-    run(&["watch", "1"], 2);
+    run(&["watch", "x"], 2);
+    run(&["console", "1"], 2);
     run(&["revert"], 2);
     let text = case.folder.join("text");
     std::fs::write(&text, "no patch").unwrap();
