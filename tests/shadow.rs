@@ -199,7 +199,6 @@ fn a_patch_brings_the_store_along() -> Outcome {
 }
 
 #[test]
-#[ignore = "refused where the second patch meets a drop that the first brought: too short for a jump (docs/limits.md)"]
 fn a_program_with_the_agent_has_the_store() -> Outcome {
     for (name, hold) in [("rust-inside", &[][..]), ("rust-outside", &["--hold"][..])] {
         of_rust(name, hold)?.life()?;
