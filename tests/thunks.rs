@@ -242,12 +242,16 @@ fn check_whole(e: &Entry, stage: &mut Stage, counts: &mut Counts) {
     }
 }
 
-/// What runs differently each time, or is more than an experiment.
+/// What runs differently each time, or is more than an experiment; and what stores where the last x87 instruction stood.
 fn is_for_decoding_only(insn: &Instruction) -> bool {
     use iced_x86::Mnemonic::{
-        Cpuid, Hlt, Int, Int1, Int3, Rdpid, Rdrand, Rdseed, Rdtsc, Rdtscp, Syscall, Sysenter, Ud2,
+        Cpuid, Fnsave, Fnstenv, Fxsave, Fxsave64, Hlt, Int, Int1, Int3, Rdpid, Rdrand, Rdseed, Rdtsc, Rdtscp, Syscall,
+        Sysenter, Ud2,
     };
-    let never = [Cpuid, Hlt, Int, Int1, Int3, Rdpid, Rdrand, Rdseed, Rdtsc, Rdtscp, Syscall, Sysenter, Ud2];
+    let never = [
+        Cpuid, Fnsave, Fnstenv, Fxsave, Fxsave64, Hlt, Int, Int1, Int3, Rdpid, Rdrand, Rdseed, Rdtsc, Rdtscp, Syscall,
+        Sysenter, Ud2,
+    ];
     never.contains(&insn.mnemonic()) || insn.has_rep_prefix() || insn.has_repne_prefix()
 }
 
@@ -296,10 +300,17 @@ fn check(image: &Path) -> Counts {
             counts.wrong.push(format!("{} at {:#x}: {why}", e.name, e.at));
             continue;
         }
-        let mut damaged = thunk.clone();
-        let byte = stage.random() as usize % damaged.len();
-        damaged[byte] ^= 1 << (stage.random() % 8);
-        let told = compare(&original, &decode(&damaged, spot).collect::<Vec<_>>()).is_err();
+        // A bit that the processor does not look at, such as one of an unused prefix, makes no other instruction.
+        let damaged = loop {
+            let mut damaged = thunk.clone();
+            let byte = stage.random() as usize % damaged.len();
+            damaged[byte] ^= 1 << (stage.random() % 8);
+            let damaged: Vec<Instruction> = decode(&damaged, spot).collect();
+            if damaged != moved {
+                break damaged;
+            }
+        };
+        let told = compare(&original, &damaged).is_err();
         counts.damaged = (counts.damaged.0 + 1, counts.damaged.1 + usize::from(told));
         if original.iter().any(is_for_decoding_only) || (room.0..room.0 + room.1).contains(&e.at) {
             continue;
@@ -394,8 +405,8 @@ fn a_thunk_does_what_the_code_did_that_it_was_made_from() {
         );
         c.wrong.iter().take(5).for_each(|w| println!("  WRONG {w}"));
         wrong += c.wrong.len();
-        // A bit that says nothing, such as one of an unused operand, is a few in a hundred.
-        assert!(c.damaged.1 * 100 >= c.damaged.0 * 90, "{name}: {:?} damaged thunks were told", c.damaged);
+        // The rest are other spellings of the same instruction.
+        assert!(c.damaged.1 * 100 >= c.damaged.0 * 99, "{name}: {:?} damaged thunks were told", c.damaged);
         assert!(c.executed * 2 > c.functions, "{name}: only {} were executed", c.executed);
     }
     assert_eq!(wrong, 0);
