@@ -11,8 +11,8 @@ pub use canary::{
     bucket, canary_old_way, canary_stub, session_stub, KeyArgument, ShareWords, Whole, CANARY_BYTES, WHOLE,
 };
 pub use stub::{
-    original_thunk, second_way, switch_stub, whole_bytes, whole_thunk, StubError, SwitchStub, Way, OVERWRITTEN,
-    STUB_BYTES, WHOLE_BODY_BYTES,
+    calls_nothing, original_thunk, second_way, switch_stub, whole_bytes, whole_thunk, StubError, SwitchStub, Way,
+    OVERWRITTEN, STUB_BYTES, WHOLE_BODY_BYTES,
 };
 
 /// An instruction that we write.

@@ -190,6 +190,17 @@ pub fn original_thunk(at: ProcAddr, entry: ProcAddr, code: &[u8]) -> Result<Vec<
     Ok(BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).map_err(encoder)?.code_buffer)
 }
 
+/// Whether a body calls nothing, so that nobody but its own instructions changes anything between two turns of its loop.
+#[must_use]
+pub fn calls_nothing(start: ProcAddr, body: &[u8]) -> bool {
+    let mut decoder = Decoder::with_ip(64, body, start.0, DecoderOptions::NONE);
+    std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).all(|insn| {
+        let calls =
+            matches!(insn.flow_control(), FlowControl::Call | FlowControl::IndirectCall | FlowControl::Interrupt);
+        !calls && !insn.is_invalid()
+    })
+}
+
 /// The longest body that is moved whole, in bytes.
 pub const WHOLE_BODY_BYTES: usize = 2048;
 
@@ -385,6 +396,9 @@ mod tests {
         // Into the middle of an instruction.
         assert_eq!(whole(0x1000, 0x1000, &[0x48, 0x03, 0x07, 0x75, 0xfc, 0xc3]), at(0x1003));
         assert!(whole(0x1000, 0x1000, &[0x90; WHOLE_BODY_BYTES + 1]).is_err());
+        assert!(calls_nothing(ProcAddr(0x1000), &body) && calls_nothing(ProcAddr(0x1000), &endbr));
+        assert!(!calls_nothing(ProcAddr(0x1000), &[0x90, 0xe8, 0, 1, 0, 0]));
+        assert!(!calls_nothing(ProcAddr(0x1000), &[0xff, 0xd0]) && !calls_nothing(ProcAddr(0x1000), &[0x06]));
     }
 
     #[test]

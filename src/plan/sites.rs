@@ -258,12 +258,15 @@ fn by_key(
         let new = layout.base.checked_add(new_at).ok_or_else(far)?;
         let at = layout.stub.checked_add(PAGE + code.len() as u64 * each).ok_or_else(far)?;
         let entry = (site.at, &*site.code);
+        if let Some(l) = site.looping.as_ref().filter(|l| l.companions || !insn::calls_nothing(l.start, &l.body)) {
+            // What it calls may end the message, or begin another, and its next turn would be in the other arm. And of a copy that is returned
+            // to, or that a part elsewhere does not know, no unwind table tells.
+            let (name, at) = (&site.function, l.start);
+            let what = if l.companions { "parts of it lie elsewhere" } else { "it calls others in between" };
+            return Err(no(format!("{name} at {at} branches back to its own entry, and {what}")));
+        }
         let built = match (canary.session, argument) {
             (Some(s), _) => insn::session_stub(at, (s.offset, s.slot), new, entry, site.looping.is_some()),
-            (None, Some(_)) if site.looping.as_ref().is_some_and(|l| l.companions) => {
-                let why = "branches back to its entry, and parts of it lie elsewhere: it can't be moved whole";
-                return Err(no(format!("{} {why}", site.function)));
-            }
             (None, Some(key)) => {
                 let whole = site.looping.as_ref().map(|l| insn::Whole { start: l.start, body: &l.body });
                 insn::canary_stub(at, words, (key, canary.salt), new, entry, whole)
